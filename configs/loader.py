@@ -1,0 +1,239 @@
+"""Settings of a loop: defaults < `--config` files, in their order < command line, as one frozen dataclass.
+
+A layer (one file, or the command line) is read into `{leaf name: typed value}`, the layers are merged, and the
+dataclasses check the result. jsonargparse gives values their types (`configs/text.py`) and writes the help; the names
+that people bring from elsewhere are in `configs/spellings.py`. Errors are one sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, get_type_hints
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from configs.spellings import AS_BUILT, COMPUTED, NOTES, OVERRIDES, REFUSED, RENAMED, Values
+from configs.text import dump_yaml, read_file, typed
+
+ConfigType = TypeVar("ConfigType")
+COMMAND_LINE = "the command line"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One key: the section it lives in ("" for the algorithm's own fields), its type and its default."""
+
+    section: str
+    type: Any
+    default: Any
+
+
+def load_config(config_class: type[ConfigType], argv: list[str] | None = None, *, prog: str) -> ConfigType:
+    """The config that `argv` (default: this process's arguments) asks for.
+
+    `config_class` is a frozen dataclass with a default for every field; fields that are dataclasses are sections.
+    `--help` and `--print_config` print and exit 0. Unknown keys, wrong types, unreadable files and every `ValueError`
+    of a `__post_init__` exit 2 with one sentence that names the file or the command line, the key and what to change.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    leaves = find_leaves(config_class)
+    if "--help" in argv or "-h" in argv:
+        print(format_help(config_class, prog), end="")
+        raise SystemExit(0)
+    notes: list[str] = []
+    try:
+        arguments, files, print_only = _split_arguments(argv)
+        values: Values = {}
+        origin: dict[str, str] = {}
+        for source, pairs in [*((path, read_file(path)) for path in files), (COMMAND_LINE, arguments)]:
+            layer = _read_layer(_flatten(pairs, source, leaves), source, values, leaves, notes)
+            values = {**_without_replaced_rows(values, layer, leaves), **layer}
+            origin.update(dict.fromkeys(layer, source))
+        config = _build(config_class, values, origin, leaves)
+    except ValueError as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    for note in notes:
+        print(f"{prog}: {note}.", file=sys.stderr)
+    if print_only:
+        print(dump_config(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def dump_config(config: Any) -> str:
+    """YAML of a config, by section; loading it with `--config` gives an equal config."""
+    return dump_yaml(asdict(config))
+
+
+def flat_values(config: Any) -> Values:
+    """Leaf name -> value, sections opened: what the trackers show."""
+    flat: Values = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        flat.update(flat_values(value) if is_dataclass(value) else {field.name: value})
+    return flat
+
+
+def find_leaves(config_class: type) -> dict[str, Leaf]:
+    """Leaf name -> `Leaf`, over all sections. Names are unique, so that a section may be left out."""
+    hints, defaults = get_type_hints(config_class), flat_values(config_class())
+    sections = [name for name, type_ in hints.items() if is_dataclass(type_)]
+    leaves = {name: Leaf("", hints[name], defaults[name]) for name in hints if name not in sections}
+    for section in sections:
+        for name, type_ in get_type_hints(hints[section]).items():
+            assert name not in leaves and name not in sections, f"{config_class.__name__} has two keys named {name}"
+            leaves[name] = Leaf(section, type_, defaults[name])
+    return leaves
+
+
+def format_help(config_class: type, prog: str) -> str:
+    """Every key with its docstring, type and default, grouped by section."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    leaves = find_leaves(config_class)
+    other = [f"{name} -> {key}" for name, key in RENAMED.items() if key in leaves]
+    parser = ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config FILE ...] [--KEY VALUE ...] [--print_config] [--help]",
+        description="Defaults < --config files (YAML or JSON), in their order < keys given here. A key may be written "
+        "with hyphens\nand without its section: --optim.learning_rate 1e-5 and --learning-rate=1e-5 mean the same.\n"
+        "--print_config prints all settings as YAML and stops.",
+        epilog="also understood: " + ", ".join([*other, *COMPUTED]),
+        formatter_class=_HelpFormatter,
+        add_help=False,
+    )
+    parser.add_class_arguments(config_class)
+    parser.set_defaults({f"{leaf.section}.{name}".lstrip("."): leaf.default for name, leaf in leaves.items()})
+    sections = {leaf.section for leaf in leaves.values()}
+    for action in parser._actions:
+        if action.dest in sections:
+            action.help = SUPPRESS  # jsonargparse's `--optim FILE`, which is not offered here
+    return parser.format_help()
+
+
+def _split_arguments(argv: list[str]) -> tuple[list[tuple[str, Any]], list[str], bool]:
+    """(key, value) pairs, config files, whether --print_config was asked for. A bare `--key` is True; several values
+    (`--key a b`) are a list."""
+    pairs: list[tuple[str, Any]] = []
+    files: list[str] = []
+    print_only = False
+    position = 0
+    while position < len(argv):
+        written, has_value, value = argv[position].partition("=")
+        if not written.startswith("--"):
+            raise ValueError(
+                f"{COMMAND_LINE}: `{argv[position]}` has no key in front of it: write `--config FILE` or `--key value`."
+            )
+        values = [value] if has_value else []
+        position += 1
+        while not has_value and position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        key = written[2:].replace("-", "_")
+        if key == "config":
+            if not values:
+                raise ValueError(f"{COMMAND_LINE}: `--config` needs the path of a YAML or JSON file.")
+            files += values
+        elif key == "print_config":
+            print_only = True
+        else:
+            pairs.append((key, values if len(values) > 1 else values[0] if values else True))
+    return pairs, files, print_only
+
+
+def _flatten(pairs: list[tuple[str, Any]], source: str, leaves: dict[str, Leaf]) -> list[tuple[str, Any]]:
+    """Sections opened (`model: {lora_r: 8}` -> `model.lora_r`) and hyphens turned into underscores."""
+    sections = {leaf.section for leaf in leaves.values()}
+    flat: list[tuple[str, Any]] = []
+    for written, value in pairs:
+        key = str(written).replace("-", "_")
+        if key not in sections:
+            flat.append((key, value))
+        elif isinstance(value, dict):
+            flat += [(f"{key}.{str(name).replace('-', '_')}", inner) for name, inner in value.items()]
+        elif value is not None and value not in AS_BUILT.get(key, ()):
+            raise ValueError(f"{source}: `{key}` is a section, not a value: give its keys, as in `{key}.name: value`.")
+    return flat
+
+
+def _read_layer(
+    pairs: list[tuple[str, Any]], source: str, below: Values, leaves: dict[str, Leaf], notes: list[str]
+) -> Values:
+    """Keys as people wrote them -> `{leaf: typed value}`. Two names for one key are refused in a file; on the command
+    line the last one counts."""
+    layer: Values = {}
+    computed: Values = {}
+    spelled: dict[str, str] = {}
+
+    def put(name: str, value: Any, written: str) -> None:
+        if name not in leaves:
+            raise ValueError(f"{source}: unknown key `{written}`: this loop has no `{name}`.")
+        if name in spelled and source != COMMAND_LINE and written not in OVERRIDES:
+            raise ValueError(f"{source}: `{spelled[name]}` and `{written}` both set `{name}`: keep one of them.")
+        spelled[name] = written
+        layer[name] = typed(value, leaves[name].type, f"{source}: `{written}`")
+
+    for written, value in pairs:
+        section, _, key = written.rpartition(".")
+        name = key if key in leaves else RENAMED.get(key, key)
+        if name in leaves and section in ("", leaves[name].section):
+            put(name, value, written)
+        elif key in REFUSED:
+            raise ValueError(f"{source}: `{key}` {REFUSED[key]}.")
+        elif key in COMPUTED and name not in leaves:
+            computed[key] = typed(value, COMPUTED[key][0], f"{source}: `{written}`")
+        elif key not in NOTES and not key.startswith("sagemaker_"):  # the SageMaker toolkit's own hyperparameters
+            raise ValueError(f"{source}: unknown key `{written}`: {_advice(key, leaves)}")
+        if key in NOTES and name not in leaves:
+            notes.append(f"{source}: `{key}` {NOTES[key]}")
+    for key in computed:
+        current = {**{name: leaf.default for name, leaf in leaves.items()}, **below, **layer}
+        try:
+            settings = COMPUTED[key][1]({**layer, **computed}, current)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        for name, value in settings.items():
+            put(name, value, key)
+    return layer
+
+
+def _without_replaced_rows(below: Values, layer: Values, leaves: dict[str, Leaf]) -> Values:
+    """A layer that names a data set takes nothing about rows from the layers below: not their templates, columns,
+    splits or evaluation set. That is the whole section of `dataset_name`, and no key outside of it."""
+    if "dataset_name" not in layer:
+        return below
+    return {name: value for name, value in below.items() if leaves[name].section != leaves["dataset_name"].section}
+
+
+def _build(
+    config_class: type[ConfigType], values: Values, origin: dict[str, str], leaves: dict[str, Leaf]
+) -> ConfigType:
+    """The values over the defaults; a `ValueError` of a dataclass is told where the keys that it names come from."""
+    default: Any = config_class()
+    chosen: dict[str, Values] = {leaf.section: {} for leaf in leaves.values()}
+    for name, value in values.items():
+        chosen[leaves[name].section][name] = value
+    try:
+        own = chosen.pop("", {})
+        sections = {key: replace(getattr(default, key), **inside) for key, inside in chosen.items()}
+        return replace(default, **own, **sections)
+    except ValueError as error:
+        named = [name for name in dict.fromkeys(re.findall(r"\w+", str(error))) if name in values]
+        where = f" ({', '.join(f'{name} from {origin[name]}' for name in named)})" if named else ""
+        raise ValueError(f"{str(error).rstrip('.')}{where}.") from error
+
+
+def _advice(key: str, leaves: dict[str, Leaf]) -> str:
+    if key in leaves:
+        return f"its name is `{'.'.join(filter(None, [leaves[key].section, key]))}`."
+    known = [*leaves, *(name for name in RENAMED if RENAMED[name] in leaves), *COMPUTED]
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else "see --help for all keys."
+
+
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """jsonargparse's defaults and types, the description's own lines."""

@@ -1,0 +1,506 @@
+"""Rows to token ids and targets: the only place that knows chat templates.
+
+A row becomes one text, the text is tokenised once, and what is trained on is a set of character spans of that text; a
+token is a target when any of its characters lies in a span. So a mask never depends on what a token is, only on where
+it stands, and a token that straddles the end of the prompt belongs to the completion.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from data.tools import parse_tool_calls, parse_tools, with_probe_names
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+Span = tuple[int, int]  # characters start .. end-1 of a text
+Tokenizer = Any  # a Hugging Face tokenizer; transformers is not imported here
+Encoded = TypeVar("Encoded", "Example", "Pair", "Prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How rows become tokens."""
+
+    max_seq_length: int = 2048
+    """Longest sequence (prompt and completion) in tokens."""
+    long_rows: str = "truncate"
+    """What happens to longer rows: truncate (cut the completion's end), drop, or error. Counted and reported."""
+    completion_only_loss: bool = True
+    """SFT on prompt/completion rows: train on the completion's tokens only."""
+    assistant_only_loss: bool = True
+    """SFT on `messages` rows: train on the assistant's tokens only."""
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 2:
+            raise ValueError(f"max_seq_length is {self.max_seq_length}; give 2 or more.")
+        if self.long_rows not in ("truncate", "drop", "error"):
+            raise ValueError(f"long_rows is {self.long_rows}; give truncate, drop or error.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One SFT sequence: `is_target[i]` says that token i is trained on (never the first: nothing predicts it)."""
+
+    input_ids: list[int]
+    is_target: list[bool]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair; the prompt is the longest common token prefix after joint tokenisation."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt to sample from, with the row's other columns for the rewards."""
+
+    prompt_ids: list[int]
+    text: str
+    columns: dict
+
+
+@dataclass
+class EncodeReport:
+    """What became of the rows: `rows == kept + too_long + unusable`; truncated rows are kept ones."""
+
+    what: str = "rows"
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    too_long: int = 0
+    """Dropped: longer than max_seq_length (for `truncate`: already the prompt fills it)."""
+    unusable: int = 0
+    """Dropped: nothing to train on, or chosen and rejected do not differ or share no beginning."""
+    max_seq_length: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.what}: {self.kept} of {self.rows} rows kept"]
+        if self.truncated:
+            parts.append(f"{self.truncated} of them cut to {self.max_seq_length} tokens")
+        if self.too_long:
+            parts.append(f"{self.too_long} dropped as longer than {self.max_seq_length} tokens")
+        if self.unusable:
+            parts.append(f"{self.unusable} dropped with nothing to learn from")
+        return ", ".join(parts)
+
+
+def encode_rows(
+    rows: list[Row],
+    encode_fn: Callable[[Row, Tokenizer, EncodeConfig, EncodeReport], Encoded | None],
+    tokenizer: Tokenizer,
+    config: EncodeConfig,
+    *,
+    what: str,
+) -> tuple[list[Encoded], EncodeReport]:
+    """All rows through `encode_example`, `encode_pair` or `encode_prompt`; `what` names them ("train rows").
+
+    Raises:
+        ValueError: a row cannot be used (its number, counting from 1, stands in front), or no row was kept.
+    """
+    report = EncodeReport(what=what, rows=len(rows), max_seq_length=config.max_seq_length)
+    kept: list[Encoded] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            encoded = encode_fn(row, tokenizer, config, report)
+        except ValueError as error:
+            raise ValueError(f"{what}, row {number}: {error}") from error
+        if encoded is not None:
+            kept.append(encoded)
+    report.kept = len(kept)
+    if rows and not kept:
+        raise ValueError(f"{report}: raise max_seq_length or look at the columns {', '.join(rows[0])}.")
+    return kept, report
+
+
+def encode_example(
+    row: Row, tokenizer: Tokenizer, config: EncodeConfig, report: EncodeReport | None = None
+) -> Example | None:
+    """An SFT row (`prompt` and `completion`, or `messages`, or `text`) as tokens and targets; None drops it.
+
+    Plain text: the end-of-sequence token is appended unless the text ends with it, and trained. Conversations: every
+    assistant turn is trained up to and including its stop token; of prompt/completion rows those in the completion.
+    """
+    report = report or EncodeReport()
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            start = len(prompt) if config.completion_only_loss else 0
+            ids, is_target = _encode_plain(prompt + completion, tokenizer, start)
+        else:
+            context, reply = _as_messages(prompt, "user", "prompt"), _as_messages(completion, "assistant", "completion")
+            first = len(context) if config.completion_only_loss else None
+            ids, is_target = _encode_conversation(context + reply, row, tokenizer, first)
+    elif row.get("messages") is not None:
+        messages = _as_messages(row["messages"], "user", "messages")
+        ids, is_target = _encode_conversation(messages, row, tokenizer, 0 if config.assistant_only_loss else None)
+    elif isinstance(row.get("text"), str):
+        ids, is_target = _encode_plain(row["text"], tokenizer, 0)
+    else:
+        raise ValueError(_missing("prompt and completion, messages, or text", "output_template", row))
+
+    if not any(is_target):
+        report.unusable += 1
+        return None
+    if not _may_stay(len(ids), config, report):
+        return None
+    if len(ids) > config.max_seq_length:
+        ids, is_target = ids[: config.max_seq_length], is_target[: config.max_seq_length]
+        if not any(is_target):
+            report.too_long += 1
+            return None
+        report.truncated += 1
+    return Example(ids, is_target)
+
+
+def encode_pair(
+    row: Row, tokenizer: Tokenizer, config: EncodeConfig, report: EncodeReport | None = None
+) -> Pair | None:
+    """A preference row (`chosen`, `rejected`, and `prompt` unless both contain it) as tokens; None drops it.
+
+    Both sequences are tokenised whole; what they share from the start is the prompt, and each keeps at least one token
+    that differs. Conversations end at the stop token of their last assistant turn.
+    """
+    report = report or EncodeReport()
+    if row.get("chosen") is None or row.get("rejected") is None:
+        raise ValueError(_missing("chosen and rejected", "chosen_template, rejected_template", row))
+    prompt = row.get("prompt")
+    sequences = []
+    for name in ("chosen", "rejected"):
+        if isinstance(row[name], str) and (prompt is None or isinstance(prompt, str)):
+            sequences.append(_encode_plain((prompt or "") + row[name], tokenizer, 0)[0])
+            continue
+        reply = _as_messages(row[name], "assistant", name)
+        context = [] if prompt is None else _as_messages(prompt, "user", "prompt")
+        messages = context + reply
+        tools = parse_tools(row.get("tools"))
+        text = _render_checked(messages, tools, tokenizer)
+        spans = _assistant_spans(text, messages, tools, tokenizer, len(context) or len(messages) - 1)
+        sequences.append(_tokenise(text[: spans[-1][1]] if spans else text, [], tokenizer, special=False)[0])
+
+    chosen, rejected = sequences
+    shared = _shared_length(chosen, rejected)
+    if shared == 0 or shared in (len(chosen), len(rejected)):
+        report.unusable += 1
+        return None
+    longest = max(len(chosen), len(rejected))
+    if not _may_stay(longest, config, report):
+        return None
+    if shared >= config.max_seq_length:
+        report.too_long += 1
+        return None
+    report.truncated += longest > config.max_seq_length
+    end = config.max_seq_length
+    return Pair(chosen[:shared], chosen[shared:end], rejected[shared:end])
+
+
+def encode_prompt(
+    row: Row, tokenizer: Tokenizer, config: EncodeConfig, report: EncodeReport | None = None
+) -> Prompt | None:
+    """A row's `prompt` (or its `messages` up to the last reply) as tokens to sample from; None drops it.
+
+    A conversation ends with the template's generation prompt. A prompt is never cut.
+    """
+    report = report or EncodeReport()
+    tools = parse_tools(row.get("tools"))
+    prompt = row.get("prompt")
+    if isinstance(prompt, str):
+        text = prompt
+        ids = _tokenise(text, [], tokenizer, special=True)[0]
+    elif prompt is not None or row.get("messages") is not None:
+        name = "messages" if prompt is None else "prompt"
+        messages = _as_messages(row[name], "user", name)
+        while name == "messages" and messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        text = _render_checked(messages, tools, tokenizer, generation_prompt=True)
+        ids = _tokenise(text, [], tokenizer, special=False)[0]
+    else:
+        raise ValueError(_missing("prompt or messages", "input_template", row))
+    if not ids:
+        report.unusable += 1
+        return None
+    if len(ids) > config.max_seq_length:
+        if _may_stay(len(ids), config, report):
+            report.too_long += 1
+        return None
+    return Prompt(ids, text, row)
+
+
+def _may_stay(length: int, config: EncodeConfig, report: EncodeReport) -> bool:
+    """False drops (and counts) a row of `length` tokens; True keeps it, to be cut where it is longer."""
+    if length <= config.max_seq_length or config.long_rows == "truncate":
+        return True
+    if config.long_rows == "error":
+        raise ValueError(
+            f"it has {length} tokens and max_seq_length is {config.max_seq_length};"
+            " raise that, or set long_rows to truncate or drop."
+        )
+    report.too_long += 1
+    return False
+
+
+def _missing(needed: str, template: str, row: Row) -> str:
+    return f"the columns {needed} are needed and it has {', '.join(row)}; give field_mapping or {template}."
+
+
+# Text to tokens
+
+
+def _encode_plain(text: str, tokenizer: Tokenizer, start: int) -> tuple[list[int], list[bool]]:
+    """Ids and targets of plain text trained from character `start` on, ended by the end-of-sequence token."""
+    ids, is_target = _tokenise(text, [(start, len(text))], tokenizer, special=True)
+    stop = tokenizer.eos_token_id
+    if stop is not None and ids[-1:] != [stop]:
+        ids.append(stop)
+        is_target.append(True)
+    if is_target:
+        is_target[0] = False
+    return ids, is_target
+
+
+def _encode_conversation(
+    messages: list[Message], row: Row, tokenizer: Tokenizer, first: int | None
+) -> tuple[list[int], list[bool]]:
+    """Ids and targets: the assistant turns from message `first` on, or with None every token."""
+    tools = parse_tools(row.get("tools"))
+    text = _render_checked(messages, tools, tokenizer)
+    spans = [(0, len(text))] if first is None else _assistant_spans(text, messages, tools, tokenizer, first)
+    ids, is_target = _tokenise(text, spans, tokenizer, special=False)
+    if is_target:
+        is_target[0] = False
+    return ids, is_target
+
+
+def _tokenise(text: str, spans: list[Span], tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[bool]]:
+    """Ids, and for each whether any of its characters lies in a span (spans in ascending order).
+
+    `special` lets the tokenizer put its own special tokens in front, unless the text starts with one already: a
+    beginning-of-sequence token stands exactly once. One that it adds at the end is left to the caller.
+    """
+    special = special and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    # verbose=False: no warning about model_max_length, the length is dealt with by max_seq_length.
+    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
+    ids = list(encoding["input_ids"])
+    stop = tokenizer.eos_token_id
+    if special and stop is not None and ids[-1:] == [stop]:
+        if not text.endswith(tokenizer.eos_token) or ids[-2:] == [stop, stop]:
+            ids.pop()
+    is_target = [False] * len(ids)
+    if not fast:
+        for start, end in spans:
+            first = _shared_length(ids, _prefix_ids(text[:start], tokenizer, special))
+            last = len(ids) if end == len(text) else _shared_length(ids, _prefix_ids(text[:end], tokenizer, special))
+            is_target[first:last] = [True] * (last - first)
+        return ids, is_target
+
+    offsets = encoding["offset_mapping"][: len(ids)]
+    pending = list(reversed(spans))
+    for index, (begin, end) in enumerate(offsets):
+        if begin == end:  # a space that the tokenizer trimmed from its offsets reaches to the next token
+            end = offsets[index + 1][0] if index + 1 < len(ids) else len(text)
+        while pending and pending[-1][1] <= begin:
+            pending.pop()
+        is_target[index] = bool(pending) and end > pending[-1][0]
+    return ids, is_target
+
+
+def _prefix_ids(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _shared_length(left: list[int], right: list[int]) -> int:
+    """How many ids two sequences share from the start."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+# Conversations to text
+
+
+def _as_messages(value: Any, role: str, key: str) -> list[Message]:
+    """A list of messages with text content and parsed tool calls; a plain string becomes one message of `role`."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"its {key} is {_shown(value)}; give text or a list of messages with role and content.")
+    return [_as_message(message, key) for message in value]
+
+
+def _as_message(message: Any, key: str) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"its {key} holds {_shown(message)}, which is no message with role and content.")
+    # Files with one schema for all messages fill the keys that a message lacks with None.
+    message = {name: value for name, value in message.items() if value is not None}
+    content = message.get("content", "")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f"its {key} holds content that is not text: {_shown(content)}.")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"its {key} holds the content {_shown(content)}; give text.")
+    calls = message.pop("tool_calls", None)
+    return {**message, "content": content, **({"tool_calls": parse_tool_calls(calls)} if calls else {})}
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+def _render(
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: Tokenizer,
+    *,
+    generation_prompt: bool = False,
+    template: str | None = None,
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, chat_template=template
+        )
+    except Exception as error:  # templates raise whatever they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses it: {reason}.") from error
+
+
+def _render_checked(
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: Tokenizer,
+    *,
+    generation_prompt: bool = False,
+) -> str:
+    """The conversation as text; refused where there is no template, or one that drops tools or calls."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"it is a conversation and the tokenizer {tokenizer.name_or_path} has no chat template;"
+            " give a tokenizer_id that has one, or input_template and output_template for plain text."
+        )
+    probed_messages, probed_tools, names = with_probe_names(messages, tools)
+    if names:
+        probe = _render(probed_messages, probed_tools, tokenizer, generation_prompt=generation_prompt)
+        dropped = [name for name in names if name not in probe]
+        if dropped:
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path} drops {len(dropped)} of its {len(names)} tools and"
+                " tool calls without a word; give a tokenizer_id whose template renders tools, or remove them from"
+                " the rows with a converter."
+            )
+    return _render(messages, tools, tokenizer, generation_prompt=generation_prompt)
+
+
+# Which characters are the assistant's
+
+
+def _assistant_spans(
+    text: str, messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: Tokenizer, first: int
+) -> list[Span]:
+    """The characters of the assistant turns from message `first` on, each with its stop token.
+
+    Taken from the template's `{% generation %}` markers where it has them, else from what each turn adds to the text.
+    An assistant turn that opens the conversation answers nothing and stays context in the second way.
+    """
+    template = tokenizer.get_chat_template(tools=tools)
+    if _MARKER.search(template):
+        begin = 0
+        if first > 0:
+            context = _render(messages[:first], tools, tokenizer, generation_prompt=True)
+            begin = len(os.path.commonprefix([context, text]))
+        marked = _marked_spans(text, messages, tools, tokenizer, template)
+        spans = [(max(start, begin), end) for start, end in marked if end > begin]
+    else:
+        spans = [
+            _turn_span(text, messages, index, tools, tokenizer)
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and index >= max(first, 1)
+        ]
+    return [_to_stop_token(text, span, tokenizer) for span in spans]
+
+
+_MARKER = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_OPEN, _CLOSE = "\ue0f0plumbline(", ")plumbline\ue0f1"
+
+
+def _marked_spans(
+    text: str, messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: Tokenizer, template: str
+) -> list[Span]:
+    """The spans inside `{% generation %}`: each marker becomes a call of a macro that writes brackets around its body.
+
+    (transformers' own assistant mask needs a fast tokenizer, and where the last character of a marked span is a space
+    that the tokenizer trims from its offsets it marks the whole rest of the conversation.)
+    """
+    macro = f"{{% macro plumbline_turn() %}}{_OPEN}{{{{ caller() }}}}{_CLOSE}{{% endmacro %}}{{{{ '' }}}}"
+    bracketed = _MARKER.sub(
+        lambda match: match[1] + ("endcall" if match[2] else "call plumbline_turn()") + match[3], template
+    )
+    rendered = _render(messages, tools, tokenizer, template=macro + bracketed)
+    spans: list[Span] = []
+    plain = ""
+    for piece in rendered.split(_OPEN):
+        inside, closed, outside = piece.partition(_CLOSE)
+        if closed and inside:
+            spans.append((len(plain), len(plain) + len(inside)))
+        plain += inside + outside
+    if plain != text:
+        raise ValueError(
+            f"the {{% generation %}} markers of {tokenizer.name_or_path}'s chat template change what it renders;"
+            " remove them from the template."
+        )
+    return spans
+
+
+def _turn_span(
+    text: str, messages: list[Message], index: int, tools: list[dict[str, Any]] | None, tokenizer: Tokenizer
+) -> Span:
+    """The characters that assistant message `index` adds after its generation prompt."""
+    prompt = _render(messages[:index], tools, tokenizer, generation_prompt=True)
+    turn = text if index == len(messages) - 1 else _render(messages[: index + 1], tools, tokenizer)
+    start = len(os.path.commonprefix([prompt, text]))
+    context = 0
+    if start < len(prompt):
+        # A generation prompt may say more than the turn (an empty thinking block where the turn thinks): the turn
+        # then starts where they part, as long as the header of the turn is still shared.
+        context = len(_render(messages[:index], tools, tokenizer))
+    if start >= len(prompt) or start > context:
+        if text.startswith(turn):
+            return start, len(turn)
+        # Templates such as Qwen3's drop the reasoning of earlier turns: the turn then stands in the text without its
+        # beginning, and its longest ending that follows the prompt is what the text has of it.
+        visible = messages[index]["content"].split("</think>")[-1].strip()
+        for cut in range(start, len(turn)):
+            ending = turn[cut:]
+            if text.startswith(ending, start) and ending.strip() and visible in ending:
+                return start, start + len(ending)
+    raise ValueError(
+        f"the chat template of {tokenizer.name_or_path} renders message {index + 1} differently once more messages"
+        " follow, so its tokens cannot be told apart; put {% generation %} markers into the template, cut the"
+        " conversation after that message, or set assistant_only_loss: false."
+    )
+
+
+def _to_stop_token(text: str, span: Span, tokenizer: Tokenizer) -> Span:
+    """The span ended right after the special token that stops the turn: the model writes nothing after it."""
+    start, end = span
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    markers = dict.fromkeys([*tokenizer.all_special_tokens, *added])
+    trimmed = start + len(text[start:end].rstrip())
+    for marker in markers:
+        if text.endswith(marker, start, trimmed):
+            return start, trimmed
+    for marker in markers:
+        if text.startswith(marker, end):
+            return start, end + len(marker)
+    return span

@@ -1,0 +1,287 @@
+"""Flat batches: every token once, no padding, shared prompts kept once.
+
+A batch is one row of N tokens cut into segments. A segment either stands alone or continues one other segment, its
+prefix: an SFT sequence is one segment; a preference pair is a prompt and two segments that continue it; a GRPO group is
+a prompt and its completions. A segment's tokens attend causally to its prefix, then to themselves, and to nothing else.
+
+This is the one place that shifts: target k is predicted by the hidden state at flat index `predictors[k]`, which for
+the first token of a completion is the last token of its prompt. Everything after works on `[B, T]` with a mask.
+
+Legend: N tokens of the batch, K targets, B sequences (rows), T columns (target places of the longest row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from data.chat import Example, Pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many rows one optimizer step takes and how they are cut into micro-batches.
+
+    A row is a sequence (SFT), a pair (DPO) or a completion (GRPO). The step's rows never depend on how they are cut.
+    """
+
+    per_device_train_batch_size: int = 8
+    """Rows of one micro-batch on one process."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of one optimizer step on one process."""
+    train_batch_size: int = 0
+    """Rows of one optimizer step over all processes; 0 means: per_device_train_batch_size x
+    gradient_accumulation_steps x processes."""
+    max_tokens_per_batch: int = 0
+    """Cut micro-batches by this many tokens (a longer row stands alone) and not by per_device_...; 0 is off."""
+    packing: bool = True
+    """Flat batches without padding, shared prompts computed once; false: the plain padded forward."""
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more.")
+        for name in ("train_batch_size", "max_tokens_per_batch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 (off) or more.")
+
+    def rows_per_step(self, num_processes: int) -> int:
+        """Rows of one optimizer step over all processes."""
+        return (
+            self.train_batch_size or self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
+        )
+
+
+class Segment(NamedTuple):
+    """Tokens `start .. start+length-1` of the flat row; `prefix` is the segment that they continue, or -1."""
+
+    start: int
+    length: int
+    prefix: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch; see the module's docstring."""
+
+    input_ids: torch.Tensor  # [1, N]
+    position_ids: torch.Tensor  # [1, N], running on from the prefix
+    segments: tuple[Segment, ...]
+    row_segments: tuple[int, ...]  # [B] the segment that ends each row
+    predictors: torch.Tensor  # [K] flat index of the hidden state that predicts each target
+    targets: torch.Tensor  # [K] token ids
+    rows: torch.Tensor  # [K] place of each target in [B, T]
+    columns: torch.Tensor  # [K]
+    mask: torch.Tensor  # [B, T] True where a target stands
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed: shared prompts count once."""
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        names = ("input_ids", "position_ids", "predictors", "targets", "rows", "columns", "mask")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return PackedBatch(segments=self.segments, row_segments=self.row_segments, **moved)
+
+    def scatter(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the targets [K] laid out as [B, T], zero elsewhere."""
+        return values.new_zeros(self.mask.shape).index_put((self.rows, self.columns), values)
+
+    def lay_out(self, values: Sequence[Sequence[float]]) -> torch.Tensor:
+        """One list of numbers a row (`values[b][t]` belongs to column t) as fp32 [B, T], zero outside the mask."""
+        flat = [values[b][t] for b, t in zip(self.rows.tolist(), self.columns.tolist(), strict=True)]
+        return self.scatter(torch.tensor(flat, dtype=torch.float32, device=self.mask.device))
+
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same rows as a plain right-padded batch: (input_ids [B, L], attention_mask [B, L], predictors [K])."""
+        parts = []  # per row: (prefix or None, own segment)
+        for index in self.row_segments:
+            own = self.segments[index]
+            parts.append((self.segments[own.prefix] if own.prefix >= 0 else None, own))
+        lengths = [(prefix.length if prefix else 0) + own.length for prefix, own in parts]
+        input_ids = self.input_ids.new_zeros(len(parts), max(lengths, default=0))
+        attention_mask = torch.zeros_like(input_ids)
+        flat = self.input_ids[0]
+        shift = torch.zeros(len(parts), 4, dtype=torch.long)  # own start, own shift, prefix shift per row
+        for b, (prefix, own) in enumerate(parts):
+            ids = flat[own.start : own.start + own.length]
+            if prefix:
+                ids = torch.cat([flat[prefix.start : prefix.start + prefix.length], ids])
+            input_ids[b, : len(ids)] = ids
+            attention_mask[b, : len(ids)] = 1
+            shift[b, 0] = own.start
+            shift[b, 1] = (prefix.length if prefix else 0) - own.start
+            shift[b, 2] = -prefix.start if prefix else 0
+        start, own_shift, prefix_shift = shift.to(flat.device)[self.rows].unbind(1)[:3]
+        predictors = self.predictors + torch.where(self.predictors >= start, own_shift, prefix_shift)
+        return input_ids, attention_mask, predictors
+
+
+class _Builder:
+    """Collects segments and targets, then makes the tensors in one go."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[Segment] = []
+        self.row_segments: list[int] = []
+        self.predictors: list[int] = []
+        self.targets: list[int] = []
+        self.rows: list[int] = []
+        self.columns: list[int] = []
+
+    def segment(self, ids: Sequence[int], prefix: int = -1) -> int:
+        """Append a segment; returns its number."""
+        first = self.segments[prefix].length if prefix >= 0 else 0
+        self.segments.append(Segment(len(self.ids), len(ids), prefix))
+        self.ids.extend(ids)
+        self.positions.extend(range(first, first + len(ids)))
+        return len(self.segments) - 1
+
+    def row(self, segment: int, is_target: Sequence[bool], first_predictor: int | None) -> None:
+        """End a row with `segment`. `first_predictor` predicts the segment's first token (None: nothing does)."""
+        b, start = len(self.row_segments), self.segments[segment].start
+        self.row_segments.append(segment)
+        for t, wanted in enumerate(is_target):
+            predictor = start + t - 1 if t else first_predictor
+            if wanted and predictor is not None:
+                self.predictors.append(predictor)
+                self.targets.append(self.ids[start + t])
+                self.rows.append(b)
+                self.columns.append(t)
+
+    def batch(self) -> PackedBatch:
+        rows, columns = torch.tensor(self.rows, dtype=torch.long), torch.tensor(self.columns, dtype=torch.long)
+        width = max((self.segments[s].length for s in self.row_segments), default=0)
+        mask = torch.zeros(len(self.row_segments), width, dtype=torch.bool)
+        mask[rows, columns] = True
+        return PackedBatch(
+            input_ids=torch.tensor([self.ids], dtype=torch.long),
+            position_ids=torch.tensor([self.positions], dtype=torch.long),
+            segments=tuple(self.segments),
+            row_segments=tuple(self.row_segments),
+            predictors=torch.tensor(self.predictors, dtype=torch.long),
+            targets=torch.tensor(self.targets, dtype=torch.long),
+            rows=rows,
+            columns=columns,
+            mask=mask,
+        )
+
+
+def pack_examples(examples: Sequence[Example]) -> PackedBatch:
+    """SFT sequences, one segment and one row each; column t is token t (token 0 has no predictor, so no target)."""
+    if not examples:
+        return empty_batch()
+    builder = _Builder()
+    for example in examples:
+        builder.row(builder.segment(example.input_ids), example.is_target, None)
+    return builder.batch()
+
+
+def pack_groups(
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], trained: Sequence[bool] | None = None
+) -> PackedBatch:
+    """(prompt ids, completions' ids) groups: the prompt once, then every completion; one row a completion, in order.
+
+    trained: one flag a row; False leaves its tokens out of the targets (its mask row is empty). Prompts need a token.
+    """
+    if not groups:
+        return empty_batch()
+    builder = _Builder()
+    for prompt_ids, completions in groups:
+        prompt = builder.segment(prompt_ids)
+        last = builder.segments[prompt].start + len(prompt_ids) - 1
+        for ids in completions:
+            wanted = trained is None or trained[len(builder.row_segments)]
+            builder.row(builder.segment(ids, prompt), [wanted] * len(ids), last)
+    return builder.batch()
+
+
+def pack_completions(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], trained: Sequence[bool]
+) -> PackedBatch:
+    """One (prompt ids, completion ids) a row; neighbours with the very same prompt object share its segment."""
+    groups: list[tuple[Sequence[int], list[Sequence[int]]]] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not groups or groups[-1][0] is not prompt:
+            groups.append((prompt, []))
+        groups[-1][1].append(completion)
+    return pack_groups(groups, trained)
+
+
+def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
+    """Preference pairs; rows 2p and 2p+1 are the chosen and the rejected completion of pair p."""
+    return pack_groups([(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs])
+
+
+def empty_batch() -> PackedBatch:
+    """One token, no rows, no targets: what a process runs that has nothing to do, so that all run the same forwards."""
+    builder = _Builder()
+    builder.segment([0])
+    return builder.batch()
+
+
+def cut_microbatches(lengths: Sequence[int], *, max_rows: int, max_tokens: int = 0) -> list[range]:
+    """Consecutive runs of rows: at most `max_rows` each, or, when `max_tokens` > 0, at most that many tokens.
+
+    A row longer than `max_tokens` stands alone. Rows keep their order, so the cut never decides which rows a step has.
+    """
+    cuts, begin, tokens = [], 0, 0
+    for i, length in enumerate(lengths):
+        full = tokens + length > max_tokens if max_tokens else i - begin >= max_rows
+        if i > begin and full:
+            cuts.append(range(begin, i))
+            begin, tokens = i, 0
+        tokens += length
+    if begin < len(lengths):
+        cuts.append(range(begin, len(lengths)))
+    return cuts
+
+
+def cut_step(
+    lengths: Sequence[int], *, rank: int, num_processes: int, max_rows: int, max_tokens: int = 0
+) -> list[list[int]]:
+    """Micro-batches of this process, as places in the step; every process gets the same number (some may be empty)."""
+    cuts = []
+    for process in range(num_processes):
+        share = share_of_rank(lengths, rank=process, num_processes=num_processes)
+        runs = cut_microbatches([lengths[i] for i in share], max_rows=max_rows, max_tokens=max_tokens)
+        cuts.append([[share[i] for i in run] for run in runs])
+    return cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
+
+
+def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> list[int]:
+    """Row numbers of optimizer step `step` (from 0), the same on every process and after every resume.
+
+    Each epoch is one permutation, drawn from (seed, epoch); its last step takes the rows that are left, be they fewer
+    than `rows_per_step`, so every row is seen once an epoch. Nothing is stored: the position in the data is the step.
+    """
+    per_epoch = steps_per_epoch(num_rows, rows_per_step)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[place * rows_per_step : (place + 1) * rows_per_step].tolist()
+
+
+def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
+    """Optimizer steps that one pass over the rows takes."""
+    return -(-num_rows // rows_per_step)
+
+
+def share_of_rank(lengths: Sequence[int], *, rank: int, num_processes: int) -> list[int]:
+    """Places (in the step) of the rows that this process takes: counts differ by at most one, tokens are balanced.
+
+    Rows are dealt in order of length, forth and back over the processes; shorter rows first within a process keeps
+    micro-batches even.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    mine = []
+    for place, row in enumerate(order):
+        turn, seat = divmod(place, num_processes)
+        if (seat if turn % 2 == 0 else num_processes - 1 - seat) == rank:
+            mine.append(row)
+    return mine

@@ -1,0 +1,377 @@
+"""Reward functions with one signature, and the code that runs several of them.
+
+A reward function takes keyword arguments and returns one value a completion:
+
+    def my_reward(*, prompts, completions, completion_ids, **columns) -> list[float | None]
+
+`prompts` and `completions` are texts, `completion_ids` token ids, and every column of the rows comes as a list under
+its own name; a function names those it wants. None means that the reward does not apply to that row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import re
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from data.load import import_function
+
+RewardFunction = Callable[..., list[float | None]]
+
+DEFAULT_TARGET_LENGTH = 128  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Which rewards, weighted how."""
+
+    reward_functions: str | list[str] = "exact_answer"
+    """Names (exact_answer, rouge_l_precision, length, format) or your own `module:function`; list or comma list."""
+    reward_weights: list[float] = field(default_factory=list)
+    """One weight a function; empty means 1 each."""
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if count == 0:
+            raise ValueError("reward_functions is empty; name at least one.")
+        if len(set(self.names)) < count:
+            raise ValueError(f"reward_functions names a function twice: {', '.join(self.names)}.")
+        if self.reward_weights and len(self.reward_weights) != count:
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} values for {count} reward_functions; give one each."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The functions' names as a list."""
+        given = self.reward_functions
+        return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else list(given)
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """The rewards of one batch; rows in the order of the completions."""
+
+    total: list[float]
+    """Weighted sum over the functions that apply to the row. NaN where a function failed on it or none applies, so that
+    a failure is never a reward of zero."""
+    by_name: dict[str, list[float | None]]
+    """Each function's own values, unweighted; None where it does not apply or failed."""
+    failed: dict[str, int]
+    """Rows for which each function raised or returned what is no finite number."""
+    failure: str | None
+    """The first failure's traceback (or sentence), None where nothing failed."""
+
+    def metrics(self) -> dict[str, float]:
+        """Sums to be added over batches and ranks; `reward_statistics` forms means and spreads from them.
+
+        For each function `reward/<name>/sum`, `/square_sum`, `/count`, `/missing` (not applicable or failed) and
+        `/failed`; for the weighted total the same under `reward/`.
+        """
+        sums: dict[str, float] = {}
+        totals = [None if math.isnan(value) else value for value in self.total]
+        for path, values in [("reward", totals), *((f"reward/{name}", v) for name, v in self.by_name.items())]:
+            present = [value for value in values if value is not None]
+            sums[f"{path}/sum"] = math.fsum(present)
+            sums[f"{path}/square_sum"] = math.fsum(value * value for value in present)
+            sums[f"{path}/count"] = float(len(present))
+            sums[f"{path}/missing"] = float(len(values) - len(present))
+        for name, count in self.failed.items():
+            sums[f"reward/{name}/failed"] = float(count)
+        return sums
+
+    def raise_if_all_missing(self) -> None:
+        """End the run where no row has a reward: the first failure's traceback, in a RuntimeError."""
+        if self.total and all(math.isnan(value) for value in self.total):
+            reason = self.failure or f"no reward function applies to any row ({', '.join(self.by_name)} returned None)"
+            raise RuntimeError(f"all {len(self.total)} rewards are missing; the first failure was:\n{reason}")
+
+
+def reward_statistics(sums: dict[str, float]) -> dict[str, float]:
+    """`.../mean`, `.../std` (population), `.../missing` and `.../failed` from added-up `RewardResult.metrics()`.
+
+    A path without a single value has no mean and no std.
+    """
+    statistics = {}
+    for key, value in sums.items():
+        path, _, kind = key.rpartition("/")
+        if kind in ("missing", "failed"):
+            statistics[key] = value
+        elif kind == "count" and value > 0:
+            mean = sums[f"{path}/sum"] / value
+            statistics[f"{path}/mean"] = mean
+            statistics[f"{path}/std"] = math.sqrt(max(sums[f"{path}/square_sum"] / value - mean * mean, 0.0))
+    return statistics
+
+
+def build_rewards(config: RewardConfig) -> tuple[dict[str, RewardFunction], list[float]]:
+    """The functions by the name they are logged under, and their weights, both in the config's order.
+
+    Raises:
+        ValueError: an unknown name, a `module:function` that cannot be imported, or a missing package.
+    """
+    functions: dict[str, RewardFunction] = {}
+    for name in config.names:
+        if ":" in name:
+            function = import_function(name, key="reward_functions")
+            short = name.partition(":")[2]
+            functions[name if short in functions or short in BUILT_IN else short] = function
+            continue
+        if name not in BUILT_IN:
+            raise ValueError(f"reward_functions names {name}; known are {', '.join(BUILT_IN)} and module:function.")
+        if name == "rouge_l_precision" and importlib.util.find_spec("rouge_score") is None:
+            raise ValueError("reward_functions names rouge_l_precision, which needs `pip install rouge-score`.")
+        functions[name] = BUILT_IN[name]
+    return functions, list(config.reward_weights) or [1.0] * len(functions)
+
+
+def compute_rewards(
+    functions: dict[str, RewardFunction],
+    weights: list[float],
+    *,
+    prompts: list[str],
+    completions: list[str],
+    completion_ids: list[list[int]],
+    columns: list[dict[str, Any]],
+) -> RewardResult:
+    """Run every function over the whole batch; all four lists have one entry a completion.
+
+    A function that raises, or returns the wrong number of values, fails for all its rows; a value that is no finite
+    number fails for its row. Failures stop nothing: they are counted, and the first is kept.
+    """
+    size = len(completions)
+    assert len(prompts) == len(completion_ids) == len(columns) == size, "one entry a completion"
+    assert len(weights) == len(functions), "one weight a function"
+    names = dict.fromkeys(name for row in columns for name in row)
+    available: dict[str, Any] = {name: [row.get(name) for row in columns] for name in names}
+    available.update(prompts=prompts, completions=completions, completion_ids=completion_ids)
+
+    total = [math.nan] * size
+    broken = [False] * size
+    by_name: dict[str, list[float | None]] = {}
+    failed: dict[str, int] = {}
+    failure: str | None = None
+    for (name, function), weight in zip(functions.items(), weights, strict=True):
+        values: list[float | None] = [None] * size
+        failed_rows = list(range(size))
+        try:
+            returned = list(function(**_accepted(name, function, available)))
+            if len(returned) != size:
+                raise ValueError(f"reward {name} returned {len(returned)} values for {size} completions")
+        except Exception:  # a user's code may raise anything; it is counted, reported and never a reward
+            failure = failure or traceback.format_exc()
+        else:
+            failed_rows = []
+            for row, value in enumerate(returned):
+                try:
+                    values[row] = _as_reward(value)
+                except (TypeError, ValueError) as error:
+                    failed_rows.append(row)
+                    failure = failure or f"reward {name} returned {value!r:.80} for completion {row} of {size}: {error}"
+        for row in failed_rows:
+            broken[row] = True
+        for row, value in enumerate(values):
+            if value is not None:
+                total[row] = weight * value + (0.0 if math.isnan(total[row]) else total[row])
+        by_name[name] = values
+        failed[name] = len(failed_rows)
+    total = [math.nan if row_broken else value for row_broken, value in zip(broken, total, strict=True)]
+    return RewardResult(total, by_name, failed, failure)
+
+
+def judge_completions(
+    rewards: tuple[dict[str, RewardFunction], list[float]], prompts: Sequence[Any], completions: Sequence[Any]
+) -> RewardResult:
+    """`compute_rewards` on one prompt (`data.chat.Prompt`) and one completion (with `text` and `token_ids`) a row."""
+    return compute_rewards(
+        *rewards,
+        prompts=[prompt.text for prompt in prompts],
+        completions=[completion.text for completion in completions],
+        completion_ids=[completion.token_ids for completion in completions],
+        columns=[prompt.columns for prompt in prompts],
+    )
+
+
+def build_judge(
+    reward: str | tuple[dict[str, RewardFunction], list[float]],
+) -> Callable[[Sequence[Any], Sequence[Any]], list[float]]:
+    """A function (prompts, completions) -> total rewards, NaN where missing; `reward` is a name or built rewards."""
+    rewards = build_rewards(RewardConfig(reward_functions=reward)) if isinstance(reward, str) else reward
+    return lambda prompts, completions: judge_completions(rewards, prompts, completions).total
+
+
+def _accepted(name: str, function: RewardFunction, available: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes: all of them where it has `**kwargs`."""
+    parameters = inspect.signature(function).parameters.values()
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for parameter in parameters:
+        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in variable
+        if needed and parameter.name not in available:
+            raise ValueError(
+                f"reward {name} needs the column {parameter.name} and the rows have {', '.join(available)};"
+                " name it in field_mapping"
+            )
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return available
+    return {parameter.name: available[parameter.name] for parameter in parameters if parameter.name in available}
+
+
+def _as_reward(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        raise TypeError("a text is no number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("it is not finite")
+    return number
+
+
+# Built-in rewards
+
+
+def exact_answer(*, completions: list[str], answer: list[Any]) -> list[float | None]:
+    """1.0 where the completion's final answer equals the row's `answer`, else 0.0; None where the row has no answer.
+
+    Both sides are narrowed, in this order, to what follows the last `</think>`, the inside of the last
+    `<answer>...</answer>`, the rest of the line after the last `####`, the inside of the last `\\boxed{...}`; markers
+    that are absent narrow nothing. A completion without any of the last three answers a number with its last number.
+
+    Numbers are compared as numbers (1,000 = 1000 = $1000.0 = 1000.); `$`, `%`, thousands commas and a trailing dot are
+    dropped. `72 apples` is not the number 72. All else must be the same text, letter case included, with runs of white
+    space read as one space. Nothing is ever evaluated.
+    """
+    return [_same_answer(text, gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+def _same_answer(completion: str, gold: Any) -> float | None:
+    if gold is None:
+        return None
+    if not isinstance(gold, (str, int, float)):
+        raise TypeError(f"the answer column holds a {type(gold).__name__}; give text or a number")
+    expected, _ = extract_answer(str(gold))
+    found, marked = extract_answer(completion)
+    expected_number = parse_number(expected)
+    if expected_number is None:
+        return float(" ".join(found.split()) == " ".join(expected.split()))
+    number = parse_number(found)
+    if number is None and not marked:
+        numbers = _NUMBER_IN_TEXT.findall(found)
+        number = parse_number(numbers[-1]) if numbers else None
+    return float(number == expected_number)
+
+
+def extract_answer(text: str) -> tuple[str, bool]:
+    """The final answer in a text, and whether a marker named it; see `exact_answer`."""
+    text = text.rpartition("</think>")[2]
+    marked = False
+    inside = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
+    if inside:
+        text, marked = inside[-1], True
+    if "####" in text:
+        text, marked = text.rpartition("####")[2].strip().partition("\n")[0], True
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        text, marked = boxed, True
+    return text.strip(), marked
+
+
+def _last_boxed(text: str) -> str | None:
+    """The inside of the last `\\boxed{...}` with balanced braces."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for index in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[start:index]
+    return None
+
+
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_WHOLE_NUMBER = re.compile(rf"([-+]?)({_NUMBER})\.?")
+# A minus right after a letter, digit or closing bracket is an operator, not a sign.
+_NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]])-)?\$?(?:{_NUMBER})")
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The exact value of a text that is one number and nothing else, or None."""
+    text = text.replace("\u2212", "-")  # the typographic minus
+    for dropped in ("\\$", "$", "\\%", "%", "\\(", "\\)", "\\,", "\u00a3", "\u20ac"):  # pound, euro
+        text = text.replace(dropped, "")
+    match = _WHOLE_NUMBER.fullmatch(text.strip())
+    return Decimal(match[1] + match[2].replace(",", "")) if match else None
+
+
+def rouge_l_precision(
+    *,
+    completions: list[str],
+    reference: list[Any] | None = None,
+    completion: list[Any] | None = None,
+    answer: list[Any] | None = None,
+) -> list[float | None]:
+    """Longest common subsequence of words with the reference, over the words of the completion: in [0, 1].
+
+    The reference is the first of the columns `reference`, `completion`, `answer` that a row fills (text, or messages
+    whose last one counts); a row without any gives None, an empty completion 0. Words are the runs of a-z and 0-9 in
+    lower case, as in the rouge-score package, so other scripts score 0. Lin 2004, ROUGE-L, equation 3.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    rewards: list[float | None] = []
+    for row, text in enumerate(completions):
+        filled = [column[row] for column in (reference, completion, answer) if column and column[row] is not None]
+        if not filled:
+            rewards.append(None)
+            continue
+        target = filled[0] if isinstance(filled[0], str) else filled[0][-1]["content"]
+        rewards.append(scorer.score(target, text)["rougeL"].precision)
+    return rewards
+
+
+def length(*, completion_ids: list[list[int]], target_length: list[Any] | None = None) -> list[float | None]:
+    """`max(0, 1 - |tokens - target| / target)`: 1 at the target, 0 at nothing and from twice the target on.
+
+    The target comes from the column `target_length` (tokens), 128 where the rows have none; the stop token counts.
+    """
+    targets = target_length or [None] * len(completion_ids)
+    rewards: list[float | None] = []
+    for ids, target in zip(completion_ids, targets, strict=True):
+        target = DEFAULT_TARGET_LENGTH if target is None else target
+        if target <= 0:
+            raise ValueError(f"target_length is {target}; give a number of tokens above 0")
+        rewards.append(max(0.0, 1.0 - abs(len(ids) - target) / target))
+    return rewards
+
+
+_TEXT_WITHOUT_TAGS = r"(?:(?!</?think>|</?answer>).)*"
+_THINK_THEN_ANSWER = re.compile(
+    rf"\s*<think>{_TEXT_WITHOUT_TAGS}</think>\s*<answer>{_TEXT_WITHOUT_TAGS}</answer>\s*", flags=re.DOTALL
+)
+
+
+def format(*, prompts: list[str], completions: list[str]) -> list[float | None]:
+    """1.0 where the completion is exactly `<think>...</think>` and then `<answer>...</answer>`, else 0.0.
+
+    Nothing but white space may stand around the two, and no tag inside them. A prompt that already ends with `<think>`
+    counts as the opening tag.
+    """
+    opened = ["<think>" if prompt.rstrip().endswith("<think>") else "" for prompt in prompts]
+    return [float(bool(_THINK_THEN_ANSWER.fullmatch(a + b))) for a, b in zip(opened, completions, strict=True)]
+
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "exact_answer": exact_answer,
+    "rouge_l_precision": rouge_l_precision,
+    "length": length,
+    "format": format,
+}

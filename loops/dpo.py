@@ -1,0 +1,193 @@
+"""DPO: maximum likelihood of preferences, the policy's log-ratio to a frozen reference being the reward.
+
+As differences from SFT: a row is a pair; its loss looks at sums of log-probabilities, of both completions, under both
+models: -log sigmoid(beta * ((chosen - reference's) - (rejected - reference's))).
+Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7.
+
+    accelerate launch loops/dpo.py --config configs/dpo.yaml                                # a laptop
+    accelerate launch --multi_gpu --num_processes 8 loops/dpo.py --config my.yaml           # many GPUs
+
+One step: take the step's pairs; pack each process's share into flat micro-batches, a pair's prompt once; then, per
+micro-batch, score both completions under reference and policy, add up the loss, backward; clip, step.
+
+Legend: P pairs, B = 2P sequences (chosen and rejected in turn), T tokens.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from configs.loader import dump_config, load_config
+from data.chat import EncodeConfig, encode_pair, encode_prompt, encode_rows
+from data.load import DataConfig, load_rows
+from data.pack import BatchConfig, cut_step, pack_pairs, rows_of_step, steps_per_epoch
+from data.rewards import build_judge
+from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer
+from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
+from loops.shared.policy import choose_packing, score
+from loops.shared.rollout import RolloutConfig, build_engine
+from loops.shared.rollout.evaluate import greedy_evaluation
+from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, seed_process, start_run
+from losses.dpo import dpo_loss
+
+PER_PAIR = ("loss/", "reward/", "policy/chosen", "policy/rejected")  # names of sums that become means over pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """DPO; see the sections for the model, the data, the optimizer and the run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    loss_type: str = "sigmoid"
+    """sigmoid, ipo, hinge or another of `losses.dpo.LOSS_TYPES`."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference: rewards are beta times log-ratios."""
+    label_smoothing: float = 0.0
+    """Share of preferences taken to be wrong (conservative DPO), from 0 to below 0.5."""
+    eval_reward: str | None = None
+    """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
+
+
+def build_microbatches(rows, pairs, config, accelerator):
+    """Packed micro-batches of this process's share of the rows (numbers of pairs); as many on every process."""
+    cuts = cut_step(
+        [sum(map(len, (pairs[row].prompt_ids, pairs[row].chosen_ids, pairs[row].rejected_ids))) for row in rows],
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        max_rows=config.batch.per_device_train_batch_size,
+        max_tokens=config.batch.max_tokens_per_batch,
+    )
+    return [pack_pairs([pairs[rows[place]] for place in cut]).to(accelerator.device) for cut in cuts]
+
+
+def score_batch(policy, reference, batch, config, accelerator, packing):
+    """Loss and sums of metrics of one micro-batch, for training and evaluation alike."""
+    with torch.no_grad(), accelerator.autocast(), reference.active() as model:
+        frozen = score(model, batch, packing=packing).logprobs.sum(dim=1)  # [B] sums over the completion's tokens
+    scores = score(policy, batch, packing=packing)
+    logps, lengths = scores.logprobs.sum(dim=1), batch.mask.sum(dim=1)  # [B], [B]
+    loss, terms = dpo_loss(
+        logps[0::2],  # [P]
+        logps[1::2],
+        frozen[0::2],
+        frozen[1::2],
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        chosen_lengths=lengths[0::2],
+        rejected_lengths=lengths[1::2],
+    )
+    terms["loss/dpo"] = loss.detach()
+    terms["policy/entropy"] = scores.entropy.detach().sum()
+    terms["pairs"] = len(logps) // 2
+    terms["tokens/computed"] = batch.num_tokens
+    terms["tokens/loss"] = len(batch.targets)
+    return loss, terms
+
+
+def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing):
+    """One optimizer step; returns sums of metrics over this process's pairs.
+
+    denominator: pairs of the whole step, over all processes.
+    """
+    sums = {}
+    for batch in microbatches:
+        loss, terms = score_batch(policy, reference, batch, config, accelerator, packing)
+        accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
+        add_sums(sums, terms)
+    sums["optim/grad_norm_max"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+    sums["optim/learning_rate_max"] = scheduler.get_last_lr()[0]
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return sums
+
+
+def step_metrics(total):
+    """The step's metrics from its global sums: means over pairs, the entropy over target tokens."""
+    metrics = {name: value for name, value in total.items() if name.startswith(("time/", "optim/", "tokens/"))}
+    metrics |= {name: value / max(total["pairs"], 1) for name, value in total.items() if name.startswith(PER_PAIR)}
+    metrics["policy/entropy"] = total["policy/entropy"] / max(total["tokens/loss"], 1)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(policy, reference, engine, pairs, prompts, judges, config, accelerator, packing):
+    """Loss and reward accuracy on the evaluation pairs and, where a judge is given, accuracy of greedy completions."""
+    began = time.perf_counter()
+    policy.eval()
+    sums = {}
+    for batch in build_microbatches(range(len(pairs)), pairs, config, accelerator):
+        add_sums(sums, score_batch(policy, reference, batch, config, accelerator, packing)[1])
+    policy.train()
+    total = reduce_sums(accelerator, sums)
+    metrics = greedy_evaluation(engine, prompts, judges, sampling=config.rollout.sampling(), accelerator=accelerator)
+    metrics["eval/loss"] = total["loss/dpo"] / max(total["pairs"], 1)
+    metrics["eval/reward_accuracy"] = total["reward/accuracy"] / max(total["pairs"], 1)  # margin > 0
+    metrics["eval/reward_margin"] = total["reward/margin"] / max(total["pairs"], 1)
+    return metrics | {"time/eval": time.perf_counter() - began}
+
+
+def main(config: Config) -> None:
+    """Build everything, train, export."""
+    tokenizer = build_tokenizer(config.model)
+    rows, eval_rows = load_rows(config.data, seed=config.run.seed)
+    pairs, report = encode_rows(rows, encode_pair, tokenizer, config.encode, what="training rows")
+    eval_pairs, _ = encode_rows(eval_rows or [], encode_pair, tokenizer, config.encode, what="evaluation rows")
+    judges = {"accuracy": build_judge(config.eval_reward)} if config.eval_reward and eval_rows else {}
+    eval_prompts, _ = encode_rows(
+        eval_rows if judges else [], encode_prompt, tokenizer, config.encode, what="evaluation prompts"
+    )
+
+    run = start_run(config.run, loop="dpo", resolved=dump_config(config), settings=asdict(config))
+    accelerator = run.accelerator
+    run.say(str(report))
+    policy = build_policy(config.model, seed=config.run.seed, device=accelerator.device)
+    packing = choose_packing(
+        policy, pack_pairs(pairs[:2]).to(accelerator.device), wanted=config.batch.packing, say=run.say
+    )
+    reference = build_reference(policy)
+    rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
+    total_steps = config.run.total_steps(steps_per_epoch(len(pairs), rows_per_step))
+    run.tracker.expect(total_steps)
+    optimizer = build_optimizer(policy, config.optim)
+    scheduler = build_schedule(optimizer, config.optim, total_steps)
+    engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    seed_process(config.run.seed, accelerator.process_index)
+    start = run.load(policy, optimizer, scheduler)
+    if start == 0 and eval_pairs:
+        run.log(evaluate(policy, reference, engine, eval_pairs, eval_prompts, judges, config, accelerator, packing), 0)
+
+    for step in range(start, total_steps):
+        began = time.perf_counter()
+        rows = rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=config.run.seed)
+        microbatches = build_microbatches(rows, pairs, config, accelerator)
+        sums = train_step(
+            policy, reference, optimizer, scheduler, microbatches, len(rows), config, accelerator, packing
+        )
+        sums["time/step"] = time.perf_counter() - began
+        metrics = step_metrics(reduce_sums(accelerator, sums))
+
+        done, last = step + 1, step + 1 == total_steps
+        if eval_pairs and run.due(done, config.run.eval_steps, last):
+            metrics |= evaluate(
+                policy, reference, engine, eval_pairs, eval_prompts, judges, config, accelerator, packing
+            )
+        if config.run.save_steps and run.due(done, config.run.save_steps, last):
+            metrics["time/save"] = run.save(policy, optimizer, scheduler, done, config.run)
+        run.log(metrics, done)
+    run.finish(policy, tokenizer, merge=config.model.merge_weights)
+
+
+if __name__ == "__main__":
+    with one_sentence_errors("loops/dpo.py"):
+        main(load_config(Config, prog="loops/dpo.py"))

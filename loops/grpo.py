@@ -1,0 +1,300 @@
+"""GRPO: policy gradient on groups of completions, with the group's mean reward as the baseline instead of a critic.
+
+As differences from PPO: no value network (the advantage of a completion is its reward, less the mean of its group, over
+the group's standard deviation); the ratio is clipped per token; the KL to the reference, if any, is in the loss.
+DeepSeekMath, https://arxiv.org/abs/2402.03300; `dapo` https://arxiv.org/abs/2503.14476; `dr_grpo` https://arxiv.org/abs/2503.20783.
+
+    accelerate launch loops/grpo.py --config configs/grpo.yaml                              # a laptop
+    accelerate launch --multi_gpu --num_processes 8 loops/grpo.py --config my.yaml          # many GPUs
+
+One step: sample G completions for each of P prompts; reward them; center and scale the rewards of each group;
+then, per micro-batch, score the completions' tokens, add up the clipped loss, backward; clip, step.
+
+Legend: B completions (row-major by prompt: rows p*G..p*G+G-1 answer prompt p), T tokens, P prompts, G generations.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+
+from configs.loader import dump_config, load_config
+from data.chat import EncodeConfig, encode_prompt, encode_rows
+from data.load import DataConfig, load_rows
+from data.pack import (
+    BatchConfig,
+    cut_microbatches,
+    pack_completions,
+    rows_of_step,
+    share_of_rank,
+    steps_per_epoch,
+)
+from data.rewards import RewardConfig, build_judge, build_rewards, judge_completions, reward_statistics
+from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer
+from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
+from loops.shared.policy import choose_packing, score
+from loops.shared.rollout import RolloutConfig, build_engine
+from loops.shared.rollout.evaluate import greedy_evaluation
+from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, seed_process, start_run
+from losses.grpo import group_advantages, grpo_loss, loss_denominator
+
+PER_TOKEN = tuple(f"policy/{name}" for name in ("entropy", "mismatch_kl", "approx_kl", "kl", "clip_low", "clip_high"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """GRPO; see the sections for the model, the data, the optimizer and the run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    prompts_per_step: int = 0
+    """Prompts of one optimizer step over all processes; 0 means: the batch section's completions / num_generations."""
+    loss_type: str = "dapo"
+    """dapo (mean over the step's tokens), grpo (mean of the sequences' means) or dr_grpo (over a constant length)."""
+    importance_sampling_level: str = "token"
+    """token, or sequence (GSPO: one length-normalised ratio a completion)."""
+    epsilon: float = 0.2
+    """Ratios below 1 - epsilon are clipped (and above 1 + epsilon, unless epsilon_high is given)."""
+    epsilon_high: float | None = None
+    """Upper clip (clip-higher of DAPO, e.g. 0.28)."""
+    beta: float = 0.0
+    """Weight of the KL to the reference model; 0 builds no reference."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3 (http://joschu.net/blog/kl-approx.html)."""
+    delta: float | None = None
+    """Cap of the ratio where the advantage is negative (two-sided clip), above 1 + epsilon_high."""
+    scale_rewards: str = "group"
+    """Advantages are divided by the standard deviation of their group, of the whole batch, or by none."""
+    num_iterations: int = 1
+    """Optimizer steps taken on one set of rollouts."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit max_completion_length out of the loss (they still count in their group's mean)."""
+    eval_reward: str | None = "exact_answer"
+    """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
+
+    def __post_init__(self) -> None:
+        if self.rollout.temperature <= 0:
+            raise ValueError(f"temperature is {self.rollout.temperature}; GRPO samples, so give a temperature above 0.")
+        if self.rollout.num_generations < 2:
+            raise ValueError("num_generations is below 2; a group needs at least two completions to compare.")
+        truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0 or self.rollout.min_p > 0
+        if self.num_iterations > 1 and truncated:
+            raise ValueError(
+                "num_iterations above 1 with top_p, top_k or min_p would bias the importance ratios; drop one of them."
+            )
+        loss_denominator(
+            self.loss_type, num_tokens=1, num_sequences=1, max_completion_length=1
+        )  # refuses unknown names
+
+    def prompts(self, num_processes: int) -> int:
+        """Prompts of one optimizer step over all processes."""
+        rows, generations = self.batch.rows_per_step(num_processes), self.rollout.num_generations
+        if not self.prompts_per_step and rows % generations:
+            raise ValueError(
+                f"a step of {rows} completions is no multiple of num_generations {generations}; change one of them."
+            )
+        return self.prompts_per_step or rows // generations
+
+
+def sample_batch(step, prompts, engine, rewards, config, accelerator):
+    """Sample and reward this process's share of the step: (prompts, completions [B], advantages [B], sums)."""
+    began, num_generations = time.perf_counter(), config.rollout.num_generations
+    rows_per_step = config.prompts(accelerator.num_processes)
+    rows = rows_of_step(step, num_rows=len(prompts), rows_per_step=rows_per_step, seed=config.run.seed)
+    lengths = [len(prompts[row].prompt_ids) for row in rows]
+    share = share_of_rank(lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes)
+    mine = [prompts[rows[place]] for place in share]
+    groups = engine.sample(
+        [prompt.prompt_ids for prompt in mine],
+        n=num_generations,
+        sampling=config.rollout.sampling(),
+        seed=config.run.seed + 1_000_003 * step,
+        prompt_numbers=share,  # noise belongs to the prompt's place in the step, whichever process samples it
+    )
+    sampled = time.perf_counter()
+    asked = [prompt for prompt in mine for _ in range(num_generations)]  # B
+    completions = [completion for group in groups for completion in group]  # B
+    result = judge_completions(rewards, asked, completions)
+
+    totals = gather_object([result.total])  # one list a process
+    everywhere = torch.tensor(sum(totals, []), dtype=torch.float64)
+    if everywhere.isnan().all():
+        result.raise_if_all_missing()
+    advantages = group_advantages(everywhere, num_generations, scale=config.scale_rewards).float()
+    advantages = advantages.split([len(total) for total in totals])[accelerator.process_index]
+
+    own = torch.tensor(result.total, dtype=torch.float64).view(-1, num_generations)
+    sums = result.metrics() | {
+        "rollout/completions": len(completions),
+        "rollout/groups": len(groups),
+        "rollout/equal_groups": float((own.std(dim=1) == 0).sum()),
+        "rollout/truncated": sum(completion.finish_reason == "length" for completion in completions),
+        "tokens/completions": sum(len(completion.token_ids) for completion in completions),
+        "tokens/loss": sum(len(c.token_ids) for c in completions if in_loss(c, config)),
+        "time/rollout": sampled - began,
+        "time/reward": time.perf_counter() - sampled,
+    }
+    return mine, completions, advantages, sums
+
+
+def in_loss(completion, config):
+    """Whether a completion's tokens are trained on."""
+    return not (config.mask_truncated_completions and completion.finish_reason == "length")
+
+
+def build_microbatches(prompts, completions, advantages, config, accelerator):
+    """Packed micro-batches of (batch, advantages [B], sampler's log-probabilities [B, T]); as many on every process.
+
+    Completions without an advantage have no gradient; unless a KL term needs them, they are not computed at all.
+    """
+    asked = [prompt.prompt_ids for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
+    kept = [b for b in range(len(completions)) if advantages[b] != 0 or config.beta != 0]
+    lengths = [len(completions[b].token_ids) + len(asked[b]) // config.rollout.num_generations for b in kept]
+    cuts = cut_microbatches(
+        lengths, max_rows=config.batch.per_device_train_batch_size, max_tokens=config.batch.max_tokens_per_batch
+    )
+    microbatches = []
+    for number in range(max(1, *gather_object([len(cuts)]))):  # at least one, so that every process runs a forward
+        rows = [kept[i] for i in cuts[number]] if number < len(cuts) else []
+        answers = [completions[b] for b in rows]
+        batch = pack_completions(
+            [asked[b] for b in rows], [c.token_ids for c in answers], trained=[in_loss(c, config) for c in answers]
+        ).to(accelerator.device)
+        sampled = batch.lay_out([c.logprobs for c in answers])
+        microbatches.append((batch, advantages[rows].to(accelerator.device), sampled))
+    return microbatches
+
+
+def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing):
+    """`num_iterations` optimizer steps on one set of rollouts; returns sums of metrics over this process's tokens."""
+    sums, old, frozen, temperature = {}, {}, {}, config.rollout.temperature
+    for iteration in range(config.num_iterations):
+        for number, (batch, advantages, sampled) in enumerate(microbatches):
+            if reference is not None and number not in frozen:
+                with torch.no_grad(), accelerator.autocast(), reference.active() as model:
+                    frozen[number] = score(model, batch, temperature=temperature, packing=packing).logprobs
+            scores = score(policy, batch, temperature=temperature, packing=packing)
+            if iteration == 0:  # nothing was updated since sampling: this pass scores the policy that sampled
+                old[number] = scores.logprobs.detach()
+            loss, terms = grpo_loss(
+                scores.logprobs,  # [B, T]
+                old[number],  # [B, T]
+                advantages,  # [B]
+                batch.mask,  # [B, T]
+                ref_logprobs=frozen.get(number),
+                loss_type=config.loss_type,
+                importance_sampling_level=config.importance_sampling_level,
+                epsilon=config.epsilon,
+                epsilon_high=config.epsilon_high,
+                beta=config.beta,
+                kl_estimator=config.kl_estimator,
+                delta=config.delta,
+            )
+            accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
+            gap = (old[number] - sampled)[batch.mask]
+            terms["loss/policy"] = loss.detach() / denominator / config.num_iterations
+            terms["policy/entropy"] = scores.entropy.detach().sum()
+            terms["policy/mismatch_kl"] = (gap.expm1() - gap).sum()
+            terms["policy/mismatch_max"] = gap.abs().max() if len(gap) else 0.0
+            terms["tokens/scored"] = len(gap)
+            terms["tokens/computed"] = batch.num_tokens
+            add_sums(sums, terms)
+        sums["optim/grad_norm_max"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+        sums["optim/learning_rate_max"] = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return sums
+
+
+def step_metrics(total):
+    """The step's metrics from its global sums: means over scored tokens (policy), groups or completions (rollout)."""
+    kept = ("loss/", "time/", "optim/", "tokens/", "policy/")
+    metrics = {name: value for name, value in total.items() if name.startswith(kept)} | reward_statistics(total)
+    metrics |= {name: total[name] / max(total["tokens/scored"], 1) for name in PER_TOKEN if name in total}
+    metrics["rollout/equal_groups"] = total["rollout/equal_groups"] / total["rollout/groups"]
+    metrics["rollout/truncated"] = total["rollout/truncated"] / total["rollout/completions"]
+    metrics["rollout/completion_length"] = total["tokens/completions"] / total["rollout/completions"]
+    metrics["tokens/per_second"] = total["tokens/completions"] / total["time/step"]
+    return metrics
+
+
+def evaluate(engine, prompts, judges, config, accelerator):
+    """Accuracy and mean reward of greedy completions; the loss is what GRPO minimises, the negative mean reward."""
+    began = time.perf_counter()
+    metrics = greedy_evaluation(engine, prompts, judges, sampling=config.rollout.sampling(), accelerator=accelerator)
+    return metrics | {"eval/loss": -metrics["eval/reward"], "time/eval": time.perf_counter() - began}
+
+
+def main(config: Config) -> None:
+    """Build everything, train, export."""
+    tokenizer = build_tokenizer(config.model)
+    rows, eval_rows = load_rows(config.data, seed=config.run.seed)
+    prompts, report = encode_rows(rows, encode_prompt, tokenizer, config.encode, what="training prompts")
+    eval_prompts, _ = encode_rows(eval_rows or [], encode_prompt, tokenizer, config.encode, what="evaluation prompts")
+    rewards = build_rewards(config.reward)
+    judges = {"reward": build_judge(rewards)}
+    if config.eval_reward:
+        judges["accuracy"] = build_judge(config.eval_reward)
+
+    run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
+    accelerator = run.accelerator
+    run.say(str(report))
+    policy = build_policy(config.model, seed=config.run.seed, device=accelerator.device)
+    ids = [prompt.prompt_ids for prompt in prompts[:2] for _ in range(2)]
+    first = pack_completions(ids, ids, [True] * len(ids))  # any real rows do
+    packing = choose_packing(policy, first.to(accelerator.device), wanted=config.batch.packing, say=run.say)
+    reference = build_reference(policy) if config.beta else None
+    total_steps = config.run.total_steps(steps_per_epoch(len(prompts), config.prompts(accelerator.num_processes)))
+    run.tracker.expect(total_steps)
+    optimizer = build_optimizer(policy, config.optim)
+    scheduler = build_schedule(optimizer, config.optim, total_steps * config.num_iterations)
+    engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    seed_process(config.run.seed, accelerator.process_index)
+    start = run.load(policy, optimizer, scheduler)
+    if start == 0 and eval_prompts:
+        run.log(evaluate(engine, eval_prompts, judges, config, accelerator), 0)
+
+    for step in range(start, total_steps):
+        began = time.perf_counter()
+        mine, completions, advantages, sums = sample_batch(step, prompts, engine, rewards, config, accelerator)
+        microbatches = build_microbatches(mine, completions, advantages, config, accelerator)
+        counts = reduce_sums(accelerator, sums)
+        denominator = loss_denominator(
+            config.loss_type,
+            num_tokens=max(counts["tokens/loss"], 1),
+            num_sequences=counts["rollout/completions"],
+            max_completion_length=config.rollout.max_completion_length,
+        )
+        updating = time.perf_counter()
+        sums = train_step(
+            policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing
+        )
+        engine.sync(policy)
+        sums["time/update"], sums["time/step"] = time.perf_counter() - updating, time.perf_counter() - began
+        metrics = step_metrics(counts | reduce_sums(accelerator, sums))
+
+        done, last = step + 1, step + 1 == total_steps
+        if eval_prompts and run.due(done, config.run.eval_steps, last):
+            metrics |= evaluate(engine, eval_prompts, judges, config, accelerator)
+        if config.run.save_steps and run.due(done, config.run.save_steps, last):
+            metrics["time/save"] = run.save(policy, optimizer, scheduler, done, config.run)
+        run.log(metrics, done)
+        if config.run.log_completions_steps and run.due(done, config.run.log_completions_steps, last):
+            shown = zip([mine[0].text] * 4, completions, advantages.tolist(), strict=False)  # of the first group
+            run.tracker.completions([{"prompt": p, "completion": c.text, "advantage": a} for p, c, a in shown], done)
+    run.finish(policy, tokenizer, merge=config.model.merge_weights)
+
+
+if __name__ == "__main__":
+    with one_sentence_errors("loops/grpo.py"):
+        main(load_config(Config, prog="loops/grpo.py"))

@@ -1,0 +1,291 @@
+"""Attention over packed batches with shared prompts, for any Hugging Face decoder.
+
+A function registered with transformers' attention interface. Ordinary calls (generation, the plain padded forward) pass
+through to sdpa; a call that carries a `layout` keyword attends segment by segment: queries of a segment see its prefix,
+then themselves, causally. Every token's query, key and value is computed once; only keys and values are gathered again
+for each segment that continues a shared prefix.
+
+With a flash kernel (CUDA, 16-bit): one variable-length call over all segments. Elsewhere: segments of like size are
+gathered into a few padded buckets, one SDPA call each.
+
+Legend: N tokens, S segments, Q heads of queries, R heads of keys, D head dimension, b segments of one bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "plumbline"
+WASTE = 1.5  # a bucket may compute this many times the query-key products that its segments need
+
+
+@dataclass
+class Bucket:
+    """Segments of like size, computed as one padded SDPA call. Padding points at token 0 and is masked."""
+
+    queries: Tensor  # [b, Lq] flat index of each query token
+    keys: Tensor  # [b, Lk] flat index of each key token: prefix right-aligned, then own tokens left-aligned
+    prefix_width: int  # Lp: columns of `keys` that belong to prefixes (Lk = Lp + Lq)
+    prefix_lengths: Tensor  # [b]
+    causal: bool  # no prefixes: a plain causal call does it, without a mask
+
+    def mask(self, window: int | None) -> Tensor:
+        """[b, 1, Lq, Lk] True where query i may look at key j."""
+        width, device = self.prefix_width, self.queries.device
+        i = torch.arange(self.queries.shape[1], device=device)[:, None] + width
+        j = torch.arange(self.keys.shape[1], device=device)[None, :]
+        allowed = j <= i
+        if window is not None:
+            allowed = allowed & (j > i - window)
+        real = j[None] >= (width - self.prefix_lengths)[:, None, None]  # left padding of short prefixes
+        return (allowed[None] & real)[:, None]
+
+
+class Layout:
+    """How the segments of one packed batch attend. Made once a batch, used by every layer."""
+
+    def __init__(self, segments, device: torch.device):
+        self.segments = segments
+        self.device = device
+        self.calls = 0  # attention layers that used this layout
+        self._buckets: list[Bucket] | None = None
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._flash: tuple | None = None
+
+    # ---- buckets (no flash kernel)
+
+    def buckets(self) -> tuple[list[Bucket], Tensor, Tensor, Tensor]:
+        """(buckets, all query indices, all key indices, place of each token among the buckets' outputs [N])."""
+        if self._buckets is None:
+            groups = self._groups()
+            self._buckets = [self._bucket(chosen) for chosen in groups]
+            self._all_queries = torch.cat([b.queries.flatten() for b in self._buckets])
+            self._all_keys = torch.cat([b.keys.flatten() for b in self._buckets])
+            place, offset = torch.zeros(sum(s.length for s in self.segments), dtype=torch.long), 0
+            for chosen, bucket in zip(groups, self._buckets, strict=True):
+                width = bucket.queries.shape[1]
+                for row, number in enumerate(chosen):
+                    s = self.segments[number]
+                    first = offset + row * width
+                    place[s.start : s.start + s.length] = torch.arange(first, first + s.length)
+                offset += bucket.queries.numel()
+            self._place = place.to(self.device)
+        return self._buckets, self._all_queries, self._all_keys, self._place
+
+    def _groups(self) -> list[list[int]]:
+        """Segment numbers bucket by bucket: sorted by size, a new bucket where padding would cost too much."""
+
+        def size(number: int) -> tuple[int, int]:
+            s = self.segments[number]
+            return (self.segments[s.prefix].length if s.prefix >= 0 else 0), s.length
+
+        groups: list[list[int]] = []
+        for rooted in (True, False):
+            numbers = [i for i, s in enumerate(self.segments) if s.length and (s.prefix < 0) == rooted]
+            numbers.sort(key=lambda i: (size(i)[1], size(i)[0]))
+            work, widest = 0, 0
+            for number in numbers:
+                prefix, length = size(number)
+                new_widest = max(widest, prefix)
+                count = len(groups[-1]) + 1 if work else 1
+                needed = work + length * (prefix + length)
+                small = count * length * (new_widest + length) < 1 << 15  # so little work that one more call costs more
+                if not work or (count * length * (new_widest + length) > WASTE * needed and not small):
+                    groups.append([])
+                    needed, new_widest = length * (prefix + length), prefix
+                groups[-1].append(number)
+                work, widest = needed, new_widest
+        return groups
+
+    def _bucket(self, chosen: list[int]) -> Bucket:
+        own = [self.segments[i] for i in chosen]
+        prefixes = [self.segments[s.prefix] if s.prefix >= 0 else None for s in own]
+        lengths = torch.tensor([s.length for s in own])
+        starts = torch.tensor([s.start for s in own])
+        prefix_lengths = torch.tensor([p.length if p else 0 for p in prefixes])
+        prefix_starts = torch.tensor([p.start if p else 0 for p in prefixes])
+        width, prefix_width = int(lengths.max()), int(prefix_lengths.max())
+        i = torch.arange(width)[None]
+        queries = torch.where(i < lengths[:, None], starts[:, None] + i, 0)
+        j = torch.arange(prefix_width)[None] - (prefix_width - prefix_lengths)[:, None]
+        before = torch.where(j >= 0, prefix_starts[:, None] + j, 0)
+        return Bucket(
+            queries=queries.to(self.device),
+            keys=torch.cat([before, queries], dim=1).to(self.device),
+            prefix_width=prefix_width,
+            prefix_lengths=prefix_lengths.to(self.device),
+            causal=prefix_width == 0,
+        )
+
+    def bucket_mask(self, number: int, window: int | None) -> Tensor:
+        """The mask of one bucket, made once a batch for each window width."""
+        if (number, window) not in self._masks:
+            self._masks[number, window] = self.buckets()[0][number].mask(window)
+        return self._masks[number, window]
+
+    # ---- one variable-length flash call
+
+    def flash(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """(key index [M], cumulative query lengths [S+1], cumulative key lengths [S+1], longest query, longest key)."""
+        if self._flash is None:
+            segments = [s for s in self.segments if s.length]
+            spans, key_lengths = [], []
+            for s in segments:
+                prefix = self.segments[s.prefix] if s.prefix >= 0 else None
+                if prefix:
+                    spans.append(torch.arange(prefix.start, prefix.start + prefix.length))
+                spans.append(torch.arange(s.start, s.start + s.length))
+                key_lengths.append(s.length + (prefix.length if prefix else 0))
+            lengths = [s.length for s in segments]
+            index = torch.cat(spans).to(self.device) if any(s.prefix >= 0 for s in segments) else None
+            ends = [
+                F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(self.device, torch.int32) for n in (lengths, key_lengths)
+            ]
+            self._flash = (index, ends[0], ends[1], max(lengths), max(key_lengths))
+        return self._flash
+
+
+@lru_cache
+def flash_call() -> Callable | None:
+    """A variable-length flash attention `f(q, k, v, cu_q, cu_k, max_q, max_k, scale, window)`; None where none is."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+
+        def with_flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
+            sides = (-1, -1) if window is None else (window - 1, 0)
+            return flash_attn_varlen_func(
+                q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True, window_size=sides
+            )
+
+        return with_flash_attn
+    except ImportError:
+        pass
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+
+    def with_torch(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
+        sides = (-1, 0) if window is None else (window - 1, 0)
+        return varlen_attn(
+            q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=sides, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    return with_torch
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Q, N, D]
+    key: Tensor,  # [1, R, N, D]
+    value: Tensor,  # [1, R, N, D]
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of a packed batch ([1, N, Q, D]); without a `layout`, transformers' sdpa attention.
+
+    Raises ValueError, by name, for what a packed batch does not carry: position biases, bidirectional layers.
+    """
+    if layout is None:
+        if softcap is not None or s_aux is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+                attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])[None, None]
+            out = _explicit(query, key, value, attention_mask[..., : key.shape[2]], scaling, softcap, s_aux, dropout)
+            return out.transpose(1, 2).contiguous(), None
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    if (
+        kwargs.get("position_bias") is not None
+        or kwargs.get("is_causal") is False
+        or not getattr(module, "is_causal", True)
+    ):
+        raise ValueError(f"{type(module).__name__} uses a position bias or is not causal; set packing: false.")
+    layout.calls += 1
+    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
+
+    flash = flash_call() if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 else None
+    if flash and softcap is None and s_aux is None and not dropout:
+        index, cu_q, cu_k, max_q, max_k = layout.flash()
+        if index is not None:
+            k, v = k[index], v[index]
+        out = flash(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, scaling, window)
+        return out[None], None
+
+    buckets, query_index, key_index, place = layout.buckets()
+    q_parts = q[query_index].split([b.queries.numel() for b in buckets])
+    sizes = [b.keys.numel() for b in buckets]
+    k_parts, v_parts = k[key_index].split(sizes), v[key_index].split(sizes)
+    outs = []
+    for number, bucket in enumerate(buckets):
+        shape = (*bucket.queries.shape, *q.shape[1:])
+        bq = q_parts[number].view(shape).transpose(1, 2)  # [b, Q, Lq, D]
+        bk = k_parts[number].view(*bucket.keys.shape, *k.shape[1:]).transpose(1, 2)  # [b, R, Lk, D]
+        bv = v_parts[number].view(*bucket.keys.shape, *v.shape[1:]).transpose(1, 2)
+        plain = bucket.causal and (window is None or window >= shape[1])
+        if softcap is not None or s_aux is not None:
+            out = _explicit(bq, bk, bv, layout.bucket_mask(number, window), scaling, softcap, s_aux, dropout)
+        else:
+            mask = None if plain else layout.bucket_mask(number, window)
+            out = F.scaled_dot_product_attention(
+                bq,
+                bk,
+                bv,
+                attn_mask=mask,
+                is_causal=plain,
+                scale=scaling,
+                dropout_p=dropout,
+                enable_gqa=bq.shape[1] != bk.shape[1],
+            )
+        outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], v.shape[-1]))
+    flat = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return flat[place][None], None
+
+
+def _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout) -> Tensor:
+    """Attention written out, for soft-caps (Gemma-2) and attention sinks (gpt-oss), which SDPA does not have."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = scores.to(wide).masked_fill(~mask, float("-inf"))
+    if s_aux is not None:  # a learned logit per head that takes probability and gives nothing
+        sink = s_aux.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    probabilities = scores.softmax(dim=-1)[..., : k.shape[2]].to(q.dtype)
+    return F.dropout(probabilities, dropout) @ v
+
+
+def register_attention() -> str:
+    """Make the function known to transformers; returns the name to set as `attn_implementation`."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME

@@ -1,0 +1,693 @@
+"""Tokenizer, policy (full, LoRA, 8-bit, 4-bit) and reference model, built from one config by all three loops."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "default"  # peft's own name for the one adapter that is trained, saved and merged
+REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that training continues from
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+# Parts of a LoRA adapter made elsewhere that train something other than the low-rank pair of a linear or embedding
+# layer: merging and the reference would not account for them.
+_FOREIGN_LORA = ("target_parameters", "trainable_token_indices", "layer_replication", "lora_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, in which precision, trained how."""
+
+    model_id: str = "data/quickstart/model"
+    """Folder or hub id of a causal language model (or of a LoRA adapter, which is then continued)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    tokenizer_id: str | None = None
+    """Folder or hub id of the tokenizer; default: the model's own."""
+    from_scratch: bool = False
+    """Take only the folder's config.json and start from random weights drawn with `seed`."""
+    trust_remote_code: bool = False
+    """Allow code from the model's repository to run."""
+    torch_dtype: str = "auto"
+    """Dtype of the weights: float32, bfloat16, float16, float64, or auto: float32 on a CPU and when full
+    fine-tuning, else bfloat16."""
+    attn_implementation: str = "auto"
+    """transformers' name (sdpa, eager, flash_attention_2, ...), or auto: flash-attn where installed, else sdpa."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: about a third more time for far less memory."""
+    lora_r: int = 32
+    """LoRA rank; 0 trains all weights (`full_ft: true` is another spelling of 0)."""
+    lora_alpha: float = 64.0
+    """LoRA scale numerator: updates are scaled by alpha/r."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters; 0 keeps runs exact."""
+    lora_target_modules: str | list[str] = "all-linear"
+    """`all-linear`, or module names (list or comma list)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA."""
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(r)."""
+    modules_to_save: str | list[str] | None = None
+    """Modules trained and saved whole beside the adapters (list or comma list)."""
+    load_in_4bit: bool = False
+    """Quantise the frozen base to 4 bits (QLoRA; needs lora_r > 0 and bitsandbytes)."""
+    load_in_8bit: bool = False
+    """Quantise the frozen base to 8 bits (needs lora_r > 0 and bitsandbytes)."""
+    bnb_4bit_quant_type: str = "nf4"
+    """nf4 or fp4."""
+    bnb_4bit_compute_dtype: str = "auto"
+    """Dtype of 4-bit matrix products; auto: bfloat16 on a GPU, float32 on a CPU."""
+    bnb_4bit_quant_storage: str = "auto"
+    """Dtype that holds the packed weights; auto: uint8, or under FSDP (which shards no integers) the compute dtype."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the quantisation constants too (0.4 bits a parameter less)."""
+    merge_weights: bool = False
+    """Export one merged model instead of the adapter."""
+
+    def __post_init__(self) -> None:
+        def choose(key: str, allowed: tuple[str, ...]) -> None:
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; choose one of {', '.join(allowed)}.")
+
+        choose("torch_dtype", ("auto", *_DTYPES))
+        choose("bnb_4bit_quant_type", ("nf4", "fp4"))
+        choose("bnb_4bit_compute_dtype", _COMPUTE_DTYPES)
+        choose("bnb_4bit_quant_storage", (*_COMPUTE_DTYPES, "uint8"))
+        if not self.model_id:
+            raise ValueError("model_id is empty; give a folder or a hub id.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; keep one of them.")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r is {self.lora_r}; give a rank of at least 1, or 0 to train all weights.")
+        if self.lora_r == 0:
+            for key in ("load_in_4bit", "load_in_8bit", "use_dora", "use_rslora", "modules_to_save"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} needs lora_r above 0, but lora_r is 0 (all weights are trained).")
+            if self.torch_dtype == "float16":
+                raise ValueError("torch_dtype float16 is too narrow to train with lora_r 0; use float32 or bfloat16.")
+        else:
+            if self.lora_alpha <= 0:
+                raise ValueError(f"lora_alpha is {self.lora_alpha}; with lora_r {self.lora_r} it must be above 0.")
+            if not split_names(self.lora_target_modules):
+                raise ValueError(f"lora_target_modules is empty with lora_r {self.lora_r}; name modules or all-linear.")
+            if self.from_scratch and not self.merge_weights:
+                raise ValueError(
+                    f"from_scratch with lora_r {self.lora_r} would export an adapter without its random base; "
+                    "set lora_r: 0, or merge_weights: true."
+                )
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability from 0 up to, not including, 1.")
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, key) and self.from_scratch:
+                raise ValueError(f"{key} quantises weights while reading them, and from_scratch reads none; drop one.")
+            if getattr(self, key) and self.torch_dtype == "float64":
+                raise ValueError(f"{key} computes in at most float32; set torch_dtype to auto instead of float64.")
+
+
+def split_names(names: str | list[str] | None) -> list[str]:
+    """`"q_proj, v_proj"`, `["q_proj", "v_proj"]` or None as a list of names."""
+    if names is None:
+        return []
+    parts = names.split(",") if isinstance(names, str) else names
+    return [part.strip() for part in parts if part.strip()]
+
+
+class Source(NamedTuple):
+    """Where the weights of a `model_id` lie."""
+
+    base: str
+    """Folder or hub id of the base model."""
+    revision: str | None
+    """Hub revision of the base model."""
+    adapter: Path | None
+    """Folder of the adapter that is continued, if `model_id` is one."""
+
+
+def find_source(config: ModelConfig) -> Source:
+    """Tell a model from an adapter, and find the adapter's base.
+
+    A relative `base_model_name_or_path` is looked up beside the adapter first, then from the working directory, and is
+    otherwise a hub id.
+
+    Raises:
+        ValueError: `model_id` is neither a folder nor a hub id that can be read, or the adapter's base is missing.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers.utils import find_adapter_config_file
+
+    folder = Path(config.model_id).expanduser()
+    if folder.is_dir():
+        adapter = folder if (folder / "adapter_config.json").is_file() else None
+    else:
+        _check_hub_id("model_id", config.model_id)
+        with _loading("model_id", config.model_id):
+            found = find_adapter_config_file(config.model_id, revision=config.revision)
+            files = ["adapter_*", "*.json", "*.jinja", "*.model"]
+            adapter = (
+                Path(snapshot_download(config.model_id, revision=config.revision, allow_patterns=files))
+                if found
+                else None
+            )
+    if adapter is None:
+        return Source(str(folder) if folder.is_dir() else config.model_id, config.revision, None)
+
+    file = adapter / "adapter_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    base = saved.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{file}: base_model_name_or_path is missing; write the base model's folder or hub id there.")
+    for candidate in (adapter / base, Path(base)):  # an absolute `base` is itself in both
+        if candidate.is_dir():
+            return Source(str(candidate), saved.get("revision"), adapter)
+    _check_hub_id(f"{file}: base_model_name_or_path", base)
+    return Source(base, saved.get("revision"), adapter)
+
+
+def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `tokenizer_id`, else of `model_id` (for an adapter without one: its base model's).
+
+    A missing pad token becomes the end token. Nothing may ever mask by it: masks come from lengths.
+
+    Raises:
+        ValueError: no tokenizer there, or one that has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    if config.tokenizer_id:
+        key, name, revision = "tokenizer_id", config.tokenizer_id, None
+    else:
+        source = find_source(config)
+        key, name, revision = "model_id", source.base, source.revision
+        if source.adapter and _has_tokenizer(source.adapter):
+            name, revision = str(source.adapter), None
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
+        if not _has_tokenizer(Path(name)):
+            raise ValueError(f"{key}: the folder {name} holds no tokenizer; name one with tokenizer_id.")
+    else:
+        _check_hub_id(key, name)
+    with _loading(key, name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{key}: the tokenizer of {name} has no eos_token; set it in its tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Raise ValueError when the tokenizer can make ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"tokenizer_id: its largest token id is {largest}, but model_id has only {rows} embeddings; "
+            "choose a tokenizer that belongs to the model."
+        )
+
+
+def build_policy(
+    config: ModelConfig, *, seed: int, device: torch.device | str, for_fsdp: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The model that is trained: a transformers causal LM, or peft's wrapper around a frozen one. In training mode.
+
+    Random weights (`from_scratch`, fresh adapters) depend on `seed` alone and are drawn on the CPU, so they are the
+    same on every rank and device; the caller's random state is left as it was.
+
+    Args:
+        seed: of the random weights.
+        device: where the weights go. Unquantised weights stay on the CPU when `for_fsdp`, since sharding moves them.
+        for_fsdp: the policy will be sharded with FSDP2.
+
+    Dtypes: the base has `torch_dtype`; adapters (and `modules_to_save`) have at least float32, and float64 on a
+    float64 base. The unquantised rest of a quantised base (norms, embeddings, head) keeps `torch_dtype`: peft's
+    `prepare_model_for_kbit_training` would raise it to float32, which doubles embeddings and head and makes every
+    activation float32, while the norms compute in float32 anyway and our head's logits are float32.
+
+    Raises:
+        ValueError: naming the key of the config that has to change.
+    """
+    device = torch.device(device)
+    source = find_source(config)
+    if source.adapter and config.lora_r == 0:
+        raise ValueError(
+            f"model_id: {source.adapter} is an adapter, which lora_r 0 (train all weights) cannot continue; export it "
+            "with merge_weights: true first, or set lora_r above 0."
+        )
+    if config.load_in_8bit and for_fsdp:
+        raise ValueError("load_in_8bit cannot be sharded by fsdp; use load_in_4bit.")
+
+    with _seeded(seed, device):
+        base = _build_base(config, source, device, for_fsdp)
+        policy: Any = base
+        if source.adapter:
+            policy = _continue_adapter(base, source.adapter, config)
+        elif config.lora_r > 0:
+            policy = _add_adapter(base, config)
+
+    if config.gradient_checkpointing:
+        # Checkpoints without reentrance need no input that requires a gradient, so frozen embeddings stay frozen.
+        if hasattr(base, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+    _steady_bitsandbytes(policy)
+    return policy.train()
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int, int]:
+    """(trainable parameters, all parameters, bytes that all of them take); 4-bit weights count unpacked."""
+    trainable, total, size = 0, 0, 0
+    for parameter in model.parameters():
+        quant_state = getattr(parameter, "quant_state", None)
+        count = quant_state.shape.numel() if quant_state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+        size += parameter.numel() * parameter.element_size()
+    return trainable, total, size
+
+
+def parameter_line(model: nn.Module) -> str:
+    """One line for the log, such as `trains 1,024 of 66,560 parameters (1.54%), 0.3 MB of weights`."""
+    trainable, total, size = parameter_counts(model)
+    return f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {size / 1e6:,.1f} MB of weights"
+
+
+class Reference:
+    """The policy as it stood at the start: what KL terms and DPO compare with.
+
+    `model` is what to call, inside `with reference.active():`. Evaluation mode (no dropout) holds inside; adapter,
+    gradient flags and training mode are the policy's own again afterwards. It adds no `no_grad`: that is the caller's.
+    """
+
+    def __init__(self, model: nn.Module, kind: str) -> None:
+        self.model = model
+        self.kind = kind
+        """`copy` (frozen copy), `base` (adapter off), or `adapter` (frozen copy of the starting adapter)."""
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        if self.kind == "copy":
+            yield self.model
+            return
+        policy: Any = self.model
+        was_training = policy.training
+        # peft turns requires_grad of whole adapters on and off as it switches between them.
+        flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+        policy.eval()
+        try:
+            if self.kind == "base":
+                with policy.disable_adapter():
+                    yield policy
+            else:
+                policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+                yield policy
+        finally:
+            if self.kind == "adapter":
+                policy.set_adapter(ADAPTER)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            policy.train(was_training)
+
+
+def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:
+    """The reference of a policy as it is now. Call before sharding, before resuming, and before the first step.
+
+    A policy without adapter is copied. A fresh adapter changes nothing yet, so switching it off gives the start back.
+    An adapter that is continued is copied beside itself, frozen; exports leave the copy out.
+    """
+    from peft import PeftModel
+
+    assert all("forward" not in vars(module) for module in policy.modules()), (
+        "a forward set on an instance would still be the policy's own in the copy"
+    )
+    if not isinstance(policy, PeftModel):
+        return Reference(copy.deepcopy(policy).requires_grad_(False).eval(), "copy")
+    if _changes_nothing(policy):
+        return Reference(policy, "base")
+
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    device = next(policy.parameters()).device
+    with _seeded(0, device):  # the random start of the copy is overwritten; leave the caller's state alone
+        policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(policy.peft_config[ADAPTER]))
+    policy.set_adapter(ADAPTER)
+    _raise_saved_modules(policy)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parts = name.split(".")
+            if REFERENCE_ADAPTER in parts:
+                original = ".".join(ADAPTER if part == REFERENCE_ADAPTER else part for part in parts)
+                parameter.copy_(policy.get_parameter(original)).requires_grad_(False)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    _steady_bitsandbytes(policy)
+    return Reference(policy.train(policy.training), "adapter")
+
+
+def _build_base(config: ModelConfig, source: Source, device: torch.device, for_fsdp: bool) -> PreTrainedModel:
+    """The model without adapter, read or drawn, on its device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_folder(source.base, weights=not config.from_scratch)
+    dtype = resolve_dtype(config, device)
+    with _loading("model_id", source.base):
+        shape = AutoConfig.from_pretrained(
+            source.base, revision=source.revision, trust_remote_code=config.trust_remote_code
+        )
+    attention = _choose_attention(config, shape, device)
+    if config.from_scratch:
+        # Drawn in float32 and then rounded: the same weights in every dtype.
+        with _loading("model_id", source.base):
+            model = AutoModelForCausalLM.from_config(
+                shape,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+            )
+        model.name_or_path = source.base
+        return model.to(dtype) if for_fsdp else model.to(dtype).to(device)
+
+    quantisation = _quantisation(config, device, for_fsdp)
+    with _loading("model_id", source.base):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.base,
+            config=shape,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            quantization_config=quantisation,
+            device_map={"": device} if quantisation is not None else None,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    if report["missing_keys"]:  # transformers only warns, and leaves them random
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"model_id: {source.base} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
+            "give a causal language model's own folder or hub id."
+        )
+    if getattr(model, "is_quantized", False):
+        if config.lora_r == 0:
+            raise ValueError(f"model_id: {source.base} is quantised, which lora_r 0 cannot train; set lora_r above 0.")
+        return model
+    return model if for_fsdp else model.to(device)
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device | str) -> torch.dtype:
+    """The dtype of the (unquantised) weights; the rule of `torch_dtype`."""
+    if config.torch_dtype != "auto":
+        return _DTYPES[config.torch_dtype]
+    if torch.device(device).type == "cpu" or config.lora_r == 0:
+        return torch.float32
+    return torch.bfloat16
+
+
+def _choose_attention(config: ModelConfig, shape: PretrainedConfig, device: torch.device) -> str | None:
+    """The name to give transformers; None lets it take sdpa, or eager for an architecture without it."""
+    from transformers import AutoModelForCausalLM
+
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    if device.type != "cuda" or config.torch_dtype == "float64" or importlib.util.find_spec("flash_attn") is None:
+        return None
+    mapping = AutoModelForCausalLM._model_mapping
+    known = type(shape) in mapping and getattr(mapping[type(shape)], "_supports_flash_attn", False)
+    return "flash_attention_2" if known else None
+
+
+def _quantisation(config: ModelConfig, device: torch.device, for_fsdp: bool) -> Any:
+    """transformers' BitsAndBytesConfig, or None."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return None
+    key = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{key} needs bitsandbytes, which is not installed: pip install plumbline[quant].") from error
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = config.bnb_4bit_compute_dtype
+    if compute == "auto":
+        compute = "float32" if device.type == "cpu" else "bfloat16"
+    storage = config.bnb_4bit_quant_storage
+    if storage == "auto":
+        storage = compute if for_fsdp else "uint8"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=storage,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+    )
+
+
+def _steady_bitsandbytes(model: nn.Module) -> None:
+    """Make quantised layers compute the same in training and in evaluation mode, whatever came before.
+
+    4-bit: on CPUs with AVX512-BF16 the first forward in evaluation mode repacks the weights for good, and every later
+    training forward then runs through a kernel without autograd: wrong gradients below that layer, and no error.
+    8-bit: on CPUs evaluation mode rounds activations to 8 bits and training mode does not, so a reference, a sampler
+    and the policy would disagree about the same weights (by 0.1 in the logits of a small model).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        elif type(module).__name__ == "Linear8bitLt":
+            module.train()
+            module.train = MethodType(_stay_training, module)  # type: ignore[method-assign]
+
+
+def _stay_training(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def _add_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
+    """A fresh LoRA adapter on a base that is frozen by it."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = split_names(config.lora_target_modules)
+    _check_modules_exist(base, "lora_target_modules", [] if targets == ["all-linear"] else targets)
+    saved = split_names(config.modules_to_save)
+    _check_modules_exist(base, "modules_to_save", saved)
+    alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides by r
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        modules_to_save=saved or None,
+    )
+    policy: Any = get_peft_model(base, lora, adapter_name=ADAPTER, revision=config.revision)
+    _check_layers(policy)
+    _raise_saved_modules(policy)
+    return policy
+
+
+def _continue_adapter(base: PreTrainedModel, folder: Path, config: ModelConfig) -> PeftModel:
+    """The adapter of a folder, trainable; its own settings count, the config's are told apart in one line."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"model_id: {folder} has no adapter_model.safetensors; pickled adapters are not read.")
+    saved: Any = PeftConfig.from_pretrained(str(folder))
+    if saved.peft_type != "LORA":
+        raise ValueError(f"model_id: {folder} is an adapter of type {saved.peft_type}; only LORA can be continued.")
+    foreign = [name for name in _FOREIGN_LORA if getattr(saved, name, None)]
+    foreign += ["bias"] if saved.bias != "none" else []
+    if foreign:
+        raise ValueError(f"model_id: {folder}/adapter_config.json sets {foreign[0]}, which cannot be continued.")
+    if isinstance(saved.target_modules, (list, set)):
+        _check_modules_exist(base, f"{folder}/adapter_config.json: target_modules", sorted(saved.target_modules))
+
+    pairs = {
+        "lora_r": (config.lora_r, saved.r),
+        "lora_alpha": (config.lora_alpha, saved.lora_alpha),
+        "lora_dropout": (config.lora_dropout, saved.lora_dropout),
+        "use_dora": (config.use_dora, saved.use_dora),
+        "use_rslora": (config.use_rslora, saved.use_rslora),
+    }
+    differing = [f"{key} {theirs} (not {ours})" for key, (ours, theirs) in pairs.items() if ours != theirs]
+    if differing:
+        logger.warning("continuing the adapter %s with its own %s", folder, ", ".join(differing))
+
+    saved.inference_mode = False
+    policy: Any = get_peft_model(base, saved, adapter_name=ADAPTER, revision=saved.revision)
+    _check_layers(policy)
+    _raise_saved_modules(policy)  # before the weights are read, which would be rounded otherwise
+    tensors = load_file(file)
+    # peft would only warn about tensors that found no place, and leave the others random.
+    odd = set(tensors) ^ set(get_peft_model_state_dict(policy, adapter_name=ADAPTER, save_embedding_layers=False))
+    if odd:
+        raise ValueError(
+            f"model_id: {len(odd)} tensors of {file} do not fit its base model, such as {min(odd)}; "
+            "correct base_model_name_or_path in adapter_config.json."
+        )
+    set_peft_model_state_dict(policy, tensors, adapter_name=ADAPTER)
+    return policy
+
+
+def _check_modules_exist(base: nn.Module, key: str, names: list[str]) -> None:
+    """Every name must end the path of at least one module: peft would skip the others without a word."""
+    paths = [path for path, _ in base.named_modules() if path]
+    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    if unknown:
+        leaves = [path for path, module in base.named_modules() if path and getattr(module, "weight", None) is not None]
+        rest = f" (and {len(unknown) - 3} more)" if len(unknown) > 3 else ""
+        existing = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in leaves))
+        raise ValueError(
+            f"{key}: no module of {type(base).__name__} is called {', '.join(unknown[:3])}{rest}; there are, "
+            f"for instance, {', '.join(existing[:12])}."
+        )
+
+
+def _check_layers(policy: PeftModel) -> None:
+    """Every adapter must be one that merging knows: on a linear layer, or (without DoRA) on an embedding."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [(path, module) for path, module in policy.named_modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise ValueError("lora_target_modules: no module of the model takes an adapter; name its linear layers.")
+    for path, layer in layers:
+        linear = ADAPTER in layer.lora_A and layer.lora_A[ADAPTER].weight.ndim == 2
+        if not linear and ADAPTER not in layer.lora_embedding_A:
+            raise ValueError(f"lora_target_modules: {path} is neither linear nor an embedding; leave it out.")
+        if not linear and layer.use_dora.get(ADAPTER):
+            raise ValueError(f"lora_target_modules: {path} is an embedding, which use_dora does not cover; drop one.")
+
+
+def _raise_saved_modules(policy: PeftModel) -> None:
+    """Give `modules_to_save` at least float32, as peft does for adapters only; the model around them keeps its dtype.
+
+    Inputs are cast on the way in, and outputs back on the way out, except those of the head: logits stay float32.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    base: Any = policy.get_base_model()
+    head = base.get_output_embeddings()
+    for wrapper in policy.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for module in wrapper.modules_to_save.values():
+            narrow = [p for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+            if not narrow:
+                continue
+            outer = narrow[0].dtype
+            for parameter in narrow:
+                parameter.data = parameter.data.float()
+            module.register_forward_pre_hook(_cast_inputs)
+            if wrapper is not head:
+                module.register_forward_hook(partial(_cast_output, dtype=outer))
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
+    dtype = next(module.parameters()).dtype  # read now: FSDP computes in another one than it stores
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _cast_output(module: nn.Module, inputs: tuple, output: Any, *, dtype: torch.dtype) -> Any:
+    return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+
+def _changes_nothing(policy: PeftModel) -> bool:
+    """Whether the adapter is still the identity: B (or an embedding's A) zero, saved modules equal to the originals."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            zeros: Any = [module.lora_B[ADAPTER].weight] if ADAPTER in module.lora_B else []
+            zeros += [module.lora_embedding_A[ADAPTER]] if ADAPTER in module.lora_embedding_A else []
+            if any(bool(tensor.any()) for tensor in zeros):
+                return False
+        elif isinstance(module, ModulesToSaveWrapper):
+            pair: Any = (module.original_module, module.modules_to_save[ADAPTER])
+            for original, trained in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+                if not torch.equal(original.to(trained.dtype), trained):
+                    return False
+    return True
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` inside, and give the caller's random state back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _loading(key: str, name: str) -> Iterator[None]:
+    """Turn transformers' pages of text into one sentence that names the key."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{key}: {name} brings its own code; set trust_remote_code: true to run it.") from error
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        where = "" if Path(name).is_dir() else " is not a folder here, and as a hub id"
+        raise ValueError(f"{key}: {name}{where} could not be loaded: {reason}.") from error
+
+
+def _check_hub_id(key: str, name: str) -> None:
+    """Raise for a name that can only have meant a folder."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{key}: there is no folder {name} (looked up from {Path.cwd()}).") from error
+
+
+def _check_folder(base: str, *, weights: bool) -> None:
+    """Raise for a folder that is no model, or whose weights are pickled (which could run code on loading)."""
+    folder = Path(base)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model_id: the folder {base} has no config.json, so it holds no model.")
+    if not weights or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        raise ValueError(f"model_id: {base} holds only pickled weights ({pickled[0]}); convert them to safetensors.")
+    raise ValueError(f"model_id: {base} holds no *.safetensors; set from_scratch: true to start from random weights.")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)

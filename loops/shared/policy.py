@@ -1,0 +1,183 @@
+"""The packed forward: a batch in, the log-probability of every target token out.
+
+The causal LM's own `forward` learns one more keyword, `packed=batch`: the decoder runs once over the flat row, and the
+head turns hidden states into log-probabilities without ever holding `[N, V]` logits. Because it stays the model's own
+forward, DDP, FSDP2, PEFT, gradient checkpointing and autocast see nothing unusual; because the head is called, not its
+weight read, it works inside whatever FSDP unit owns it.
+
+Legend: B rows, T columns, K targets, N tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loops.shared.attention import Layout, register_attention
+from losses.logprobs import token_logprobs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the policy says of a batch's targets; zero where the batch's mask is False."""
+
+    logprobs: Tensor  # [B, T]
+    entropy: Tensor  # [B, T] in nats
+
+
+class _Head(nn.Linear):
+    """A language-model head that can turn hidden states straight into log-probabilities of given targets."""
+
+    def forward(self, hidden, targets=None, temperature=1.0, softcap=None, scale=1.0):
+        if targets is None:
+            return super().forward(hidden)
+        return token_logprobs(
+            hidden, self.weight, targets, bias=self.bias, temperature=temperature, softcap=softcap, scale=scale
+        )
+
+
+class _PackedForward:
+    """Mixed into a causal LM's class by `enable_packing`."""
+
+    def packed_forward(self, packed, temperature: float) -> tuple[Tensor, Tensor]:
+        """(log-probabilities [K], entropies [K]) of the batch's targets."""
+        layout = Layout(packed.segments, packed.input_ids.device)
+        out = self.get_decoder()(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # a ready-made 4-d mask keeps transformers from building one; the packed attention does not look at it
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids.device),
+            use_cache=False,
+            layout=layout,
+        )
+        layers = self.config.get_text_config().num_hidden_layers
+        if layout.calls < layers:
+            raise ValueError(
+                f"only {layout.calls} of the {layers} layers of {type(self).__name__} are packed attention"
+            )
+        hidden = out[0][0].index_select(0, packed.predictors)  # [K, H]
+        softcap, scale = head_scaling(self.config)
+        return self.get_output_embeddings()(hidden, packed.targets, temperature, softcap, scale)
+
+
+def head_scaling(config) -> tuple[float | None, float]:
+    """(soft-cap, scale) that the model's config puts on logits: Gemma's cap, Cohere's factor, Granite's divisor."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return softcap, scale / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The causal LM below DDP and PEFT wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def enable_packing(model: nn.Module) -> None:
+    """Give a causal LM (or the one inside a PEFT model) the `packed=` forward and the packed attention, in place.
+
+    Raises ValueError where the model's parts do not fit; `packing: false` is the way out.
+    """
+    causal_lm = base_model(model)
+    head = causal_lm.get_output_embeddings()
+    linears = [m for m in ([] if head is None else head.modules()) if type(m) in (nn.Linear, _Head)]
+    if not linears or any(hasattr(m, "lora_A") for m in head.modules()):
+        raise ValueError(f"the head of {type(causal_lm).__name__} is no plain linear layer; set packing: false.")
+    for linear in linears:
+        linear.__class__ = _Head
+    if not isinstance(causal_lm, _PackedForward):
+        original = type(causal_lm)
+
+        @functools.wraps(original.forward)
+        def forward(self, *args, packed=None, temperature=1.0, **kwargs):
+            if packed is not None:
+                return self.packed_forward(packed, temperature)
+            return original.forward(self, *args, **kwargs)
+
+        # same name, so that an exported config.json still names the architecture
+        names = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
+        causal_lm.__class__ = type(original.__name__, (_PackedForward, original), names)
+    causal_lm.set_attn_implementation(register_attention())
+
+
+def score(model: nn.Module, batch, *, temperature: float = 1.0, packing: bool = True) -> Scores:
+    """Log-probability and entropy of every target of a `data.pack.PackedBatch` under softmax(logits / temperature).
+
+    `packing` takes the packed forward (the model went through `enable_packing`), otherwise the plain padded one.
+    """
+    if packing:
+        logprobs, entropy = model(packed=batch, temperature=temperature)
+    else:
+        logprobs, entropy = _plain_forward(model, batch, temperature)
+    return Scores(batch.scatter(logprobs), batch.scatter(entropy))
+
+
+def _plain_forward(model: nn.Module, batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """The textbook computation: padded rows, whole logits, log-softmax, gather."""
+    input_ids, attention_mask, predictors = batch.padded()
+    if not input_ids.shape[0]:  # nothing to do here, but every process must run a forward
+        input_ids, attention_mask = batch.input_ids, torch.ones_like(batch.input_ids)
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
+    logits = logits[batch.rows, predictors]  # [K, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    everything = logits.log_softmax(-1)
+    logprobs = everything.gather(-1, batch.targets[:, None])[:, 0]
+    return logprobs, -(everything.exp() * everything).sum(-1)
+
+
+# How far the packed and the plain log-probabilities of one token may differ, by dtype of the computation.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@torch.no_grad()
+def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[float, str | None]:
+    """Compare the packed with the plain forward on a real batch of two rows or more; dropout is off while it runs.
+
+    Returns (largest difference of a log-probability, None), or (nan, reason) for a model with layers that packing does
+    not know, which the loops then train on the plain path. Raises ValueError when all layers are packed attention and
+    the two forwards still disagree.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        packed = score(model, batch).logprobs
+        plain = score(model, batch, packing=False).logprobs
+    except ValueError as error:
+        return float("nan"), str(error)
+    finally:
+        model.train(was_training)
+    difference = (packed - plain).abs().max().item() if packed.numel() else 0.0
+    limit = TOLERANCE[compute_dtype]
+    if not difference <= limit:
+        raise ValueError(
+            f"packed and plain log-probabilities differ by {difference:.2g} (limit {limit:.2g} in {compute_dtype}) on "
+            "the first rows; set packing: false and report the model's architecture."
+        )
+    return difference, None
+
+
+def choose_packing(model: nn.Module, batch, *, wanted: bool, say) -> bool:
+    """Prepare the model for packed batches and check them on a real one; False where the plain path must be taken.
+
+    say: function that prints one line. Raises ValueError as `self_check` does.
+    """
+    if not wanted:
+        return False
+    try:
+        enable_packing(model)
+    except ValueError as error:
+        say(f"packing: off, {error}")
+        return False
+    dtype = max((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
+    difference, reason = self_check(model, batch, compute_dtype=dtype)
+    say(
+        f"packing: off, {reason}"
+        if reason
+        else f"packing: on, within {difference:.1e} of the plain forward on the first rows"
+    )
+    return reason is None

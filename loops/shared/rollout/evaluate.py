@@ -1,0 +1,41 @@
+"""Greedy completions of the evaluation prompts, judged: the accuracy that all three loops report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+
+from loops.shared.rollout.contract import Completion, Engine, Sampling
+
+
+def greedy_evaluation(
+    engine: Engine,
+    prompts: Sequence,
+    judges: dict[str, Callable],
+    *,
+    sampling: Sampling,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Means over all prompts, shared out over the processes: `eval/NAME` for each judge, and `eval/completion_length`.
+
+    prompts: objects with `prompt_ids`, `text`, `columns` (data.chat.Prompt). A judge takes (prompts, completions) and
+    returns one float a completion, NaN where it cannot say; such rows are left out of its mean. Without judges: empty.
+    """
+    if not judges:
+        return {}
+    mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
+    chosen = [prompts[i] for i in mine]
+    greedy = replace(sampling, temperature=0.0)
+    samples = engine.sample([prompt.prompt_ids for prompt in chosen], n=1, sampling=greedy, seed=0, prompt_numbers=mine)
+    completions: list[Completion] = [group[0] for group in samples]
+    sums = {"completion_length": float(sum(len(c.token_ids) for c in completions))}
+    counts = {"completion_length": float(len(completions))}
+    for name, judge in judges.items():
+        values = [value for value in judge(chosen, completions) if value == value]  # NaN is not equal to itself
+        sums[name], counts[name] = sum(values), float(len(values))
+    table = torch.tensor([list(sums.values()), list(counts.values())], dtype=torch.float64)
+    total, count = accelerator.reduce(table.to(accelerator.device), "sum").tolist()
+    return {f"eval/{name}": total[i] / count[i] for i, name in enumerate(sums) if count[i]}

@@ -1,0 +1,427 @@
+"""What a run tells about itself: metrics.jsonl and completions.jsonl always, trackers when asked, a progress bar.
+
+`metrics.jsonl` has one JSON object a line: `step` and every metric under its path (`loss/nll`, `time/step`, ...).
+JSON has no word for NaN or infinity: such a value is null, and `nonfinite` in the same row says which it was:
+
+    {"step": 7, "loss/nll": null, "optim/grad_norm": 1.5, "nonfinite": {"loss/nll": "nan"}}
+
+Only the main process writes. The others get a `SilentTracker`, so that the loops never ask who they are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+logger = logging.getLogger(__name__)
+
+TRACKERS = ("mlflow", "wandb", "tensorboard")
+HEADLINE = (  # shown by the progress bar where the loop has them
+    "loss/nll",
+    "loss/dpo",
+    "loss/policy",
+    "reward/mean",
+    "reward/accuracy",
+    "eval/loss",
+    "eval/accuracy",
+    "optim/grad_norm",
+    "optim/learning_rate",
+    "time/step",
+)
+CELL_LENGTH = 400  # characters of a prompt or completion shown in the printed table
+
+
+class Tracker:
+    """Writes the run's rows; built by `start_tracking`, on the main process only."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trackers: Sequence[GeneralTracker],
+        *,
+        resume_step: int | None,
+        logging_steps: int,
+        total_steps: int | None,
+        headline: Sequence[str],
+    ) -> None:
+        self.trackers = list(trackers)
+        self._failed: set[str] = set()  # names of trackers that get no more rows
+        self.logging_steps = max(1, logging_steps)
+        self.total_steps = total_steps
+        self.headline = headline
+        cut_rows(folder / "metrics.jsonl", resume_step)
+        cut_rows(folder / "completions.jsonl", resume_step)
+        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._completions = open(folder / "completions.jsonl", "a", encoding="utf-8")
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=resume_step or 0, unit="step", dynamic_ncols=True)
+
+    def expect(self, total_steps: int) -> None:
+        """Say how long the run is, once the loop knows (the progress bar starts before the data are read)."""
+        self.total_steps = total_steps
+        if self._bar is not None:
+            self._bar.total = total_steps
+            self._bar.refresh()
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write one row; call it once a step. Values are numbers, or tensors and arrays with one element.
+
+        The trackers get every `logging_steps`-th step, the last one, and every row with an evaluation.
+        """
+        numbers = {name: number_of(value) for name, value in metrics.items()}
+        self._metrics.write(json_row(step, numbers))
+        self._metrics.flush()
+        if self._is_due(step) or any(name.startswith("eval/") for name in numbers):
+            self._send(numbers, step)
+
+    def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Append `rows` (`prompt`, `completion`, `reward` and more, JSON types) whole, and print them as a table."""
+        for row in rows:
+            self._completions.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        self._completions.flush()
+        if self._bar is not None:
+            self._bar.clear()
+        print_completions(rows, step)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show how far the run is: a bar on a terminal, else a line every `logging_steps` steps."""
+        shown = {name: f"{number_of(metrics[name]):.4g}" for name in self.headline if name in metrics}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._is_due(step):
+            of_total = f"/{self.total_steps}" if self.total_steps else ""
+            print(" ".join([f"step {step}{of_total}", *(f"{k}={v}" for k, v in shown.items())]), file=sys.stderr)
+
+    def finish(self, ok: bool) -> None:
+        """Close the files and the trackers; their run is marked as finished, or as failed when not `ok`."""
+        if self._bar is not None:
+            self._bar.close()
+        self._metrics.close()
+        self._completions.close()
+        for tracker in self.trackers:  # those that failed too: the server may be back, and else MLflow tries at exit
+            try:
+                end_tracker(tracker, ok)
+            except Exception as error:  # the run is over and its files are whole: say it, do not undo it
+                level = logging.INFO if tracker.name in self._failed else logging.WARNING  # told already, or news
+                logger.log(level, "%s could not be closed: %s", tracker.name, first_line(error))
+        self.trackers = []
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.logging_steps == 0 or step == self.total_steps
+
+    def _send(self, numbers: Mapping[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            if tracker.name in self._failed:
+                continue
+            try:
+                tracker.log(metrics_for(tracker.name, numbers), step=step)
+            except Exception as error:  # a tracker's server must not end a run; each is dropped at its first failure
+                self._failed.add(tracker.name)
+                logger.warning(
+                    "%s failed at step %d and gets no more rows (metrics.jsonl has them all): %s",
+                    tracker.name,
+                    step,
+                    first_line(error),
+                )
+
+
+class SilentTracker:
+    """The same calls, doing nothing: what every process but the main one holds."""
+
+    def expect(self, total_steps: int) -> None:
+        """See `Tracker.expect`."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """See `Tracker.log`."""
+
+    def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.completions`."""
+
+    def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """See `Tracker.progress`."""
+
+    def finish(self, ok: bool) -> None:
+        """See `Tracker.finish`."""
+
+
+def start_tracking(
+    accelerator: Accelerator,
+    *,
+    folder: Path | str,
+    report_to: str | Iterable[str],
+    run_name: str | None,
+    project: str,
+    mlflow_uri: str | None,
+    config: Mapping[str, Any],
+    resume_step: int | None = None,
+    logging_steps: int = 1,
+    total_steps: int | None = None,
+    headline: Sequence[str] = HEADLINE,
+) -> Tracker | SilentTracker:
+    """Open the run's files and trackers in `folder` (made if missing).
+
+    `project` is MLflow's experiment and W&B's project, `config` the resolved configuration (nested mappings are fine).
+    `resume_step` is the checkpoint's step: later rows are cut and the trackers' runs are continued; None starts anew.
+    Raises ValueError when a tracker is unknown, not installed, or cannot be started.
+    """
+    names = tracker_names(report_to, mlflow_uri)
+    if not accelerator.is_main_process:
+        return SilentTracker()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    known_runs = read_run_ids(folder) if resume_step is not None else {}
+    run_name = run_name or folder.resolve().name
+    trackers: list[GeneralTracker] = []
+    for name in names:
+        try:
+            if name == "mlflow":
+                tracker = start_mlflow(folder, mlflow_uri, project, run_name, config, known_runs)
+            elif name == "wandb":
+                tracker = start_wandb(folder, project, run_name, config, known_runs)
+            else:
+                tracker = start_tensorboard(folder, config, resume_step)
+        except Exception as error:
+            for started in trackers:
+                end_tracker(started, ok=False)
+            raise ValueError(
+                f"{name} could not be started ({type(error).__name__}: {first_line(error)}): correct its settings or "
+                f"take {name} out of report_to."
+            ) from error
+        trackers.append(tracker)
+    write_run_ids(folder, known_runs)
+    return Tracker(
+        folder,
+        trackers,
+        resume_step=resume_step,
+        logging_steps=logging_steps,
+        total_steps=total_steps,
+        headline=headline,
+    )
+
+
+def tracker_names(report_to: str | Iterable[str], mlflow_uri: str | None = None) -> list[str]:
+    """Trackers meant by `report_to` (list or comma list, or none); `mlflow_uri` implies mlflow.
+
+    Raises ValueError naming one that is unknown or not installed.
+    """
+    given = report_to.split(",") if isinstance(report_to, str) else list(report_to)
+    names = [name.strip().lower() for name in given]
+    names = list(dict.fromkeys(name for name in names if name not in ("", "none")))
+    if mlflow_uri and "mlflow" not in names:
+        names.append("mlflow")
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"report_to names {name!r}: choose from {', '.join(TRACKERS)}, or none.")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to names {name}, which is not installed: pip install plumbline[tracking].")
+    return names
+
+
+def start_mlflow(
+    folder: Path,
+    uri: str | None,
+    experiment: str,
+    run_name: str,
+    config: Mapping[str, Any],
+    known_runs: dict[str, str],
+) -> GeneralTracker:
+    """Start or continue the run on `uri`; without one, on MLflow's own setting, else on `mlflow.db` in the folder."""
+    import mlflow
+    from accelerate.tracking import MLflowTracker
+    from mlflow import environment_variables as settings
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
+
+    if uri is None and not mlflow.is_tracking_uri_set():
+        uri = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+    if uri is not None:
+        mlflow.set_tracking_uri(uri)
+        if uri.startswith("file:") and not settings.MLFLOW_ALLOW_FILE_STORE.is_set():
+            settings.MLFLOW_ALLOW_FILE_STORE.set(True)  # MLflow 3 refuses file stores unless told twice
+    # MLflow's own limits make training wait for minutes when the server goes away; these make it seconds.
+    for setting, limit in ((settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 2), (settings.MLFLOW_HTTP_REQUEST_TIMEOUT, 10)):
+        if not setting.is_set():
+            setting.set(limit)
+
+    known = known_runs.get("mlflow")
+    if known is not None:
+        try:
+            mlflow.MlflowClient().get_run(known)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logger.warning("MLflow at %s does not know run %s: a new one is started", mlflow.get_tracking_uri(), known)
+            known = None
+    tracker = MLflowTracker(experiment_name=experiment, run_id=known, run_name=run_name)
+    tracker.start()
+    if known is None:  # a continued run has its parameters, and MLflow lets none be changed
+        values = flatten(config)
+        cut = {key: str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in values.items()}
+        tracker.store_init_configuration({mlflow_name(key): value for key, value in cut.items()})
+    known_runs["mlflow"] = tracker.tracker.info.run_id
+    return tracker
+
+
+def start_wandb(
+    folder: Path, project: str, run_name: str, config: Mapping[str, Any], known_runs: dict[str, str]
+) -> GeneralTracker:
+    """Start or continue the W&B run; its files are in `wandb_logs`, its mode is the user's WANDB_MODE."""
+    from accelerate.tracking import WandBTracker
+
+    logs = folder / "wandb_logs"
+    logs.mkdir(exist_ok=True)
+    known_runs.setdefault("wandb", uuid.uuid4().hex)
+    tracker = WandBTracker(project, name=run_name, id=known_runs["wandb"], resume="allow", dir=str(logs))
+    tracker.start()
+    tracker.store_init_configuration(dict(config))
+    return tracker
+
+
+def start_tensorboard(folder: Path, config: Mapping[str, Any], resume_step: int | None) -> GeneralTracker:
+    """Write events to `tb_logs`; on resume, those past the checkpoint are hidden."""
+    from accelerate.tracking import TensorBoardTracker
+
+    purge_step = None if resume_step is None else resume_step + 1
+    tracker = TensorBoardTracker("", str(folder / "tb_logs"), purge_step=purge_step)
+    tracker.start()
+    if resume_step is None:
+        scalars = (int, float, str, bool)
+        values = {key: value if isinstance(value, scalars) else str(value) for key, value in flatten(config).items()}
+        tracker.store_init_configuration(values)
+    return tracker
+
+
+def end_tracker(tracker: GeneralTracker, ok: bool) -> None:
+    """Close a tracker; MLflow and W&B are told how the run ended."""
+    if tracker.name == "mlflow":
+        import mlflow
+
+        mlflow.end_run("FINISHED" if ok else "FAILED")
+    elif tracker.name == "wandb":
+        tracker.tracker.finish(exit_code=0 if ok else 1)
+    else:
+        tracker.finish()
+
+
+def metrics_for(tracker_name: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    """The row under names that the tracker takes."""
+    if tracker_name != "mlflow":
+        return dict(numbers)
+    return {mlflow_name(name): value for name, value in numbers.items()}
+
+
+def mlflow_name(name: str) -> str:
+    """MLflow takes letters, digits and `_ - . : /` and space; anything else (the @ of pass@8) becomes `_`."""
+    return re.sub(r"[^\w\-.:/ ]", "_", name)
+
+
+def number_of(value: Any) -> float:
+    """A number out of a number, or out of a tensor or array with one element."""
+    number = value.item() if hasattr(value, "item") else value
+    assert isinstance(number, (int, float)), f"a metric is a number, not {type(number).__name__}"
+    return number
+
+
+def json_row(step: int, numbers: Mapping[str, float]) -> str:
+    """One line of metrics.jsonl: valid JSON whatever the numbers are."""
+    nonfinite = {name: str(number) for name, number in numbers.items() if not math.isfinite(number)}
+    row: dict[str, Any] = {"step": step}
+    row.update({name: None if name in nonfinite else number for name, number in numbers.items()})
+    if nonfinite:
+        row["nonfinite"] = nonfinite
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def cut_rows(path: Path, last_step: int | None) -> None:
+    """Keep the rows of a .jsonl file up to `last_step` (none when it is None), and no half-written one."""
+    if not path.exists():
+        return
+    kept = []
+    if last_step is not None:
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:  # the empty end of the file, or a line that a kill cut short
+                continue
+            if row["step"] <= last_step:
+                kept.append(line + "\n")
+    replace_text(path, "".join(kept))
+
+
+def read_run_ids(folder: Path) -> dict[str, str]:
+    """Ids that the trackers gave to this run, by tracker; empty for a run that had none."""
+    path = folder / "trackers.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_run_ids(folder: Path, run_ids: Mapping[str, str]) -> None:
+    """Remember the ids so that a resumed run goes on in the same tracker runs."""
+    replace_text(folder / "trackers.json", json.dumps(run_ids, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"learning_rate": 1}} -> {"optim.learning_rate": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for messages of one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def print_completions(rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Print sample completions as a table, long texts cut in the middle."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(title=f"completions at step {step}", show_lines=True)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell(row.get(column))) for column in rows[0]))  # Text: brackets are no markup here
+    Console().print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: floats to 4 digits, texts with their middle cut out when long."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    if len(text) <= CELL_LENGTH:
+        return text
+    half = CELL_LENGTH // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"

@@ -1,0 +1,281 @@
+"""The one place where shards, quantised bases and adapters become whole named tensors, or a folder to load from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loops.shared.models import ADAPTER
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Children that wrappers (activation checkpointing, torch.compile) put between a module and its name.
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")
+_MAX_SHARD_SIZE = "5GB"
+_CARD_SECTIONS = ("base_model", "loop", "dataset", "command", "settings", "metrics", "versions")
+
+
+def iter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The whole model, one whole tensor at a time, under the names of the plain transformers model.
+
+    Adapters are merged on the fly, W + scaling * B A (DoRA: rescaled to the learned row norms), quantised weights are
+    dequantised first; the sum is formed in at least float32 and rounded to the base's dtype. The model itself is left
+    untouched. Tied weights come once. Tensors may share memory with the model: copy what outlives the next step.
+
+    Every rank has to run through the whole iteration: a sharded tensor is gathered by all ranks when its turn comes.
+    Names are those of the model in memory; an architecture whose experts transformers fuses has other names in files.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    _reshard(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    seen: set[int] = set()
+    for name, owner, tensor, dtype in _walk(base, ""):
+        if not isinstance(owner, LoraLayer):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+        whole = _merged(owner) if isinstance(owner, LoraLayer) else _plain(owner, tensor)
+        if type(tensor).__name__ == "Int8Params":
+            dtype = base.config.dtype  # 8-bit weights do not remember what they were read in, 4-bit ones do
+        yield name, whole if dtype is None else whole.to(dtype)
+
+
+def export_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    merge: bool,
+    card: Mapping[str, Any],
+) -> list[Path]:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, and return its files.
+
+    A full model, or a LoRA policy with `merge`, becomes a plain model (of a quantised base: dequantised, then merged;
+    merging into the 4-bit weights would round the update away). Otherwise only the adapter is written, with its base
+    named in adapter_config.json (a folder by its absolute path). The tokenizer with its chat template, the generation
+    config and a model card lie beside it.
+
+    The weights go through a clean twin built from class and config, so nothing that was set on the live instances
+    (a patched forward, an attention implementation, FSDP's classes) reaches the folder.
+
+    Args:
+        model: the unwrapped policy. Every rank calls this; only rank 0 writes, the others return [].
+        card: what the model card says, any of `base_model`, `loop`, `dataset`, `command` (text) and `settings`,
+            `metrics`, `versions` (mappings); `{}` leaves the card at its title.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    adapter_only = isinstance(model, PeftModel) and not merge
+    tensors = _trained_tensors(model) if adapter_only else iter_weights(model)
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    gathered = {name: tensor.cpu() for name, tensor in tensors if writes}
+    if not writes:
+        return []
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapter_only:
+        _write_adapter(model, gathered, folder)
+    else:
+        _clean_twin(model, gathered).save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(folder.resolve().name, adapter_only, card), encoding="utf-8")
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def model_card(title: str, adapter_only: bool, card: Mapping[str, Any]) -> str:
+    """README.md of an exported folder; see `export_model` for `card`."""
+    unknown = sorted(set(card) - set(_CARD_SECTIONS))
+    if unknown:
+        raise ValueError(f"card: there is no section {unknown[0]}; the sections are {', '.join(_CARD_SECTIONS)}.")
+    head = ["---", f"library_name: {'peft' if adapter_only else 'transformers'}", "tags: [plumbline]"]
+    if card.get("base_model"):
+        head.append(f"base_model: {json.dumps(str(card['base_model']))}")  # a JSON string is a YAML string
+    lines = [*head, "---", "", f"# {title}", ""]
+    kind = "A LoRA adapter" if adapter_only else "A model"
+    lines += [f"{kind} trained with Plumbline.", ""]
+    for section in _CARD_SECTIONS:
+        value = card.get(section)
+        if not value:
+            continue
+        heading = section.replace("_", " ").capitalize()
+        if isinstance(value, Mapping):
+            lines += [f"## {heading}", "", "| | |", "|---|---|"]
+            lines += [f"| `{key}` | {_cell(entry)} |" for key, entry in value.items()]
+        elif section == "command":
+            lines += [f"## {heading}", "", "```", str(value), "```"]
+        else:
+            lines += [f"**{heading}**: {value}"]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(entry: Any) -> str:
+    """A value as a cell of a Markdown table."""
+    text = f"{entry:.6g}" if isinstance(entry, float) else str(entry)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor, torch.dtype | None]]:
+    """(plain name, owner, tensor, dtype to round to) of all that a checkpoint holds.
+
+    A LoRA layer owns the weight it adapts. A dtype of None keeps the tensor's own; only modules that were saved whole
+    have another one, since they are trained in float32 whatever the base has.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        originals = _walk(module.original_module, prefix)
+        for (name, owner, tensor, _), original in zip(
+            _walk(module.modules_to_save[ADAPTER], prefix), originals, strict=True
+        ):
+            yield name, owner, tensor, original[2].dtype
+    elif isinstance(module, LoraLayer):
+        for name, owner, tensor, dtype in _walk(module.get_base_layer(), prefix):
+            yield name, module if name == f"{prefix}weight" else owner, tensor, dtype
+    else:
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{prefix}{name}", module, parameter, None
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}{name}", module, buffer, None
+        for name, child in module.named_children():
+            yield from _walk(child, prefix if name in _WRAPPED else f"{prefix}{name}.")
+
+
+def _plain(owner: nn.Module, tensor: Tensor) -> Tensor:
+    """A whole tensor of ordinary numbers: gathered, and dequantised when bitsandbytes holds it."""
+    # Read before gathering: a gathered tensor has lost what bitsandbytes hung onto the parameter.
+    quant_state = getattr(owner, "quant_state", None) or getattr(tensor, "quant_state", None)
+    is_8bit = type(tensor).__name__ == "Int8Params"
+    whole = _whole(tensor)
+    if quant_state is not None and owner.weight is tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(whole.reshape(-1, 1), quant_state)
+    if is_8bit:
+        state: Any = owner.state
+        scale = state.SCB if state.SCB is not None else tensor.SCB  # type: ignore[attr-defined]  # moves on first use
+        return whole.float() * scale.view(-1, 1) / 127.0  # row maxima map to 127
+    return whole
+
+
+def _merged(layer: Any) -> Tensor:
+    """The weight of a LoRA layer with its adapter added; W + scaling * B A, rows rescaled to the magnitudes of DoRA."""
+    base_layer = layer.get_base_layer()
+    weight = _plain(base_layer, base_layer.weight)
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if ADAPTER in layer.lora_embedding_A:
+        a, b = _whole(layer.lora_embedding_A[ADAPTER]), _whole(layer.lora_embedding_B[ADAPTER])
+        delta = (b @ a).T  # [V, H]
+    else:
+        a, b = _whole(layer.lora_A[ADAPTER].weight), _whole(layer.lora_B[ADAPTER].weight)
+        delta = b @ a  # [out, in]
+    merged = exact.T if layer.fan_in_fan_out else exact
+    merged = merged + delta * layer.scaling[ADAPTER]
+    if layer.use_dora.get(ADAPTER):
+        magnitude = _whole(layer.lora_magnitude_vector[ADAPTER].weight)  # [out]
+        merged = merged * (magnitude / merged.norm(dim=1)).unsqueeze(1)
+    return (merged.T if layer.fan_in_fan_out else merged).to(weight.dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a shard's whole tensor, gathered by all ranks."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _reshard(model: nn.Module) -> None:
+    """After a forward without backward FSDP2 leaves its root gathered, in the compute dtype; go back to the shards."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What training changes, whole, under peft's names."""
+    _reshard(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield ".".join(part for part in name.split(".") if part not in _WRAPPED), _whole(parameter)
+
+
+def _clean_twin(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """The base model's class and config built anew, plain and unpatched, on the meta device or holding `weights`.
+
+    An adapter on one end of tied weights parts them: the twin is then built untied, and says so in its config.
+    """
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # FSDP and the packed forward put classes of their own, made at run time, in front of the one that can be imported
+    plain_class: Any = next(
+        cls
+        for cls in type(base).__mro__
+        if issubclass(cls, PreTrainedModel) and getattr(sys.modules[cls.__module__], cls.__name__, None) is cls
+    )
+    config = copy.deepcopy(base.config)
+    config._attn_implementation = "eager"  # the twin never runs, so it must not ask for a kernel
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+    def build() -> Any:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return plain_class(config)
+
+    twin = build()
+    if weights is not None:
+        tied = set(twin.all_tied_weights_keys)
+        if tied & set(weights):
+            config.tie_word_embeddings = False
+            twin = build()
+        report = twin.load_state_dict(weights, strict=False, assign=True)
+        assert not report.unexpected_keys and set(report.missing_keys) <= tied, report
+        twin.tie_weights()
+    twin.generation_config = copy.deepcopy(base.generation_config)
+    twin.name_or_path = base.name_or_path
+    return twin
+
+
+def _write_adapter(model: Any, trained: Mapping[str, Tensor], folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json as peft writes them, whatever wraps the live model."""
+    from peft import get_peft_model, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    base = _clean_twin(model)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin = get_peft_model(base, copy.deepcopy(config), adapter_name=ADAPTER)
+    adapter = get_peft_model_state_dict(
+        twin, state_dict=dict(trained), adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    assert len(adapter) == len(trained), f"{len(trained)} tensors are trained, but {len(adapter)} would be saved"
+    save_file(
+        {name: tensor.contiguous() for name, tensor in adapter.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    source = str(base.name_or_path)
+    config.base_model_name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
+    config.inference_mode = True
+    for key in ("target_modules", "modules_to_save"):  # sets: sorted, so that the file is the same in every run
+        if isinstance(getattr(config, key), (set, list)):
+            setattr(config, key, sorted(getattr(config, key)))
+    config.save_pretrained(str(folder))
+    base.generation_config.save_pretrained(folder)

@@ -1,0 +1,196 @@
+"""A reward is a number that was earned; what failed or does not apply is never a zero."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from data.rewards import (
+    RewardConfig,
+    build_rewards,
+    compute_rewards,
+    exact_answer,
+    format,
+    length,
+    parse_number,
+    reward_statistics,
+    rouge_l_precision,
+)
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+
+
+def compute(functions: dict, completions: list[str], weights=None, columns=None):
+    size = len(completions)
+    return compute_rewards(
+        functions,
+        weights or [1.0] * len(functions),
+        prompts=["p"] * size,
+        completions=completions,
+        completion_ids=[[1, 2]] * size,
+        columns=columns or [{}] * size,
+    )
+
+
+@pytest.mark.parametrize("same", ["1000", "1,000", "1000.0", "1000.", "$1,000.00", "\\$1000", "1000%", " +1000\n"])
+def test_one_number_in_all_its_spellings(same):
+    assert parse_number(same) == 1000
+    assert exact_answer(completions=[f"so #### {same}"], answer=["... #### 1,000"]) == [1.0]
+
+
+@pytest.mark.parametrize("text", ["72 apples", "1,00", "1,2,3", "", "-", "1e3", "1/2", "__import__('os')", "1000.0.0"])
+def test_what_is_no_number_is_not_read_as_one(text):
+    assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("<think>3</think>\n<answer>72</answer>", 1.0),
+        ("<answer>71</answer> no: <answer>72</answer>", 1.0),  # the last one counts
+        ("<answer>72</answer> no: <answer>71</answer>", 0.0),
+        ("<think>#### 72</think> 71", 0.0),  # thoughts are no answers
+        ("24 + 48 = 72\n#### 72\n", 1.0),
+        ("#### 72 apples", 0.0),
+        ("so \\boxed{72} it is, 71 not", 1.0),
+        ("\\boxed{\\text{72}}", 0.0),
+        ("She has 48 and 24, in all 72.", 1.0),
+        ("72 or 71", 0.0),
+        ("100-72", 1.0),  # a minus between two numbers is no sign
+        ("it is -72", 0.0),
+        ("", 0.0),
+        ("<answer>", 0.0),
+        ("no idea", 0.0),
+    ],
+)
+def test_the_final_answer_counts(completion, right):
+    assert exact_answer(completions=[completion], answer=["#### 72"]) == [right]
+    assert exact_answer(completions=[completion], answer=[72]) == [right]
+
+
+def test_answers_that_are_texts_must_be_the_same_text():
+    answers = ["40*(94 - 90) + 83 - 74", "olleh", "olleh", None]
+    completions = ["<answer>40*(94 - 90)  + 83 - 74</answer>", "olleh", "Olleh", "x"]
+    assert exact_answer(completions=completions, answer=answers) == [1.0, 1.0, 0.0, None]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["gsm8k_train.jsonl", "gsm8k_test.jsonl"])
+def test_every_gsm8k_solution_earns_its_own_answer(name):
+    """Comma finals (345: 1,080) and no-break spaces included; one more than the answer earns nothing."""
+    answers = [json.loads(line)["answer"] for line in (SHARED / name).read_text("utf-8").splitlines()]
+    assert set(exact_answer(completions=answers, answer=answers)) == {1.0}
+    numbers = [parse_number(text.rpartition("####")[2]) for text in answers]
+    assert None not in numbers
+    plain = [f"<think>0</think><answer>{number}</answer>" for number in numbers]
+    assert set(exact_answer(completions=plain, answer=answers)) == {1.0}
+    assert set(exact_answer(completions=[f"#### {number + 1}" for number in numbers], answer=answers)) == {0.0}
+
+
+def test_format_is_the_whole_completion():
+    right = "<think>a\nb</think>\n<answer>c</answer>\n"
+    wrong = ["x" + right, right + "x", right + right, right.replace("b", "<think>"), "<answer>c</answer>", ""]
+    assert format(prompts=["p"] * 7, completions=[right, *wrong]) == [1.0] + [0.0] * 6
+    assert format(prompts=["...<think>\n"], completions=[right.removeprefix("<think>")]) == [1.0]
+
+
+def test_length_falls_off_on_both_sides():
+    """Target 4: 4 -> 1, 3 and 5 -> 1 - 1/4, 0 and 8 and 20 -> 0; without a column 64 of 128 -> 1/2."""
+    ids = [[0] * n for n in (4, 3, 5, 0, 8, 20)]
+    assert length(completion_ids=ids, target_length=[4] * 6) == [1.0, 0.75, 0.75, 0.0, 0.0, 0.0]
+    assert length(completion_ids=[[0] * 64]) == [0.5]
+
+
+def test_rouge_l_precision_is_the_share_of_words_in_order():
+    """Against "the cat sat": "the dog sat" shares 2 of its 3 words in order; "sat the" 1 of 2."""
+    rewards = rouge_l_precision(completions=["the dog sat", "sat the", "", "x"], answer=["the cat sat"] * 3 + [None])
+    assert rewards == [pytest.approx(2 / 3), 0.5, 0.0, None]
+
+
+def test_weighted_sum_over_the_functions_that_apply():
+    """Row 0: 2*1 + 0.5*4 = 4; row 1: only the second, 2; row 2: none."""
+    functions = {"a": lambda completions: [1.0, None, None], "b": lambda completions: [4, 4, None]}
+    result = compute(functions, ["x"] * 3, weights=[2.0, 0.5])
+    assert result.total[:2] == [4.0, 2.0] and math.isnan(result.total[2])
+    assert result.by_name == {"a": [1.0, None, None], "b": [4.0, 4.0, None]}
+    assert result.failure is None and result.failed == {"a": 0, "b": 0}
+
+
+def test_a_reward_that_raises_is_missing_and_reported():
+    def broken(completions):
+        raise KeyError("no such table")
+
+    result = compute({"good": lambda completions: [1.0, 0.0], "broken": broken}, ["x", "y"])
+    assert all(math.isnan(value) for value in result.total)
+    assert result.by_name["good"] == [1.0, 0.0] and result.failed == {"good": 0, "broken": 2}
+    assert "KeyError: 'no such table'" in result.failure
+    with pytest.raises(RuntimeError, match="all 2 rewards are missing(.|\n)*Traceback(.|\n)*no such table"):
+        result.raise_if_all_missing()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "1", object(), [1.0]])
+def test_a_value_that_is_no_number_fails_for_its_row_alone(bad):
+    result = compute({"f": lambda completions: [1.0, bad]}, ["x", "y"])
+    assert result.total[0] == 1.0 and math.isnan(result.total[1])
+    assert result.failed == {"f": 1} and "for completion 1 of 2" in result.failure
+    result.raise_if_all_missing()  # one row has its reward
+
+
+def test_a_wrong_number_of_values_fails_for_all_rows():
+    result = compute({"f": lambda completions: [1.0]}, ["x", "y"])
+    assert result.failed == {"f": 2} and "returned 1 values for 2 completions" in result.failure
+
+
+def test_functions_get_the_columns_they_name():
+    seen = {}
+
+    def wants_one(completions, answer, absent=3):
+        seen["one"] = (answer, absent)
+        return [0.0, 0.0]
+
+    def wants_all(completions, **rest):
+        seen["all"] = sorted(rest)
+        return [0.0, 0.0]
+
+    columns = [{"answer": "1", "other": 2}, {"answer": "2"}]
+    compute({"a": wants_one, "b": wants_all}, ["x", "y"], columns=columns)
+    assert seen == {"one": (["1", "2"], 3), "all": ["answer", "completion_ids", "other", "prompts"]}
+    result = compute({"exact_answer": exact_answer}, ["x"], columns=[{"gold": "1"}])
+    assert "needs the column answer and the rows have gold" in result.failure
+
+
+def test_means_are_formed_from_global_sums():
+    """Two ranks with 1, 1, 0 and 0 (and one None): mean 2/4 and std 1/2, not the mean of 2/3 and 0."""
+    one = compute({"f": lambda completions: [1.0, 1.0, 0.0]}, ["x"] * 3).metrics()
+    two = compute({"f": lambda completions: [0.0, None]}, ["x"] * 2).metrics()
+    statistics = reward_statistics({key: one[key] + two[key] for key in one})
+    for path in ("reward", "reward/f"):
+        assert (statistics[f"{path}/mean"], statistics[f"{path}/std"]) == (0.5, 0.5)
+        assert statistics[f"{path}/missing"] == 1.0
+    assert statistics["reward/f/failed"] == 0.0
+
+
+def test_functions_are_named_by_list_comma_list_or_module(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_of_test.py").write_text("def short(completions):\n    return [1.0 for _ in completions]\n")
+    monkeypatch.chdir(tmp_path)
+    config = RewardConfig(reward_functions="exact_answer, my_rewards_of_test:short", reward_weights=[1.0, 0.1])
+    functions, weights = build_rewards(config)
+    assert list(functions) == ["exact_answer", "short"] and weights == [1.0, 0.1]
+    assert build_rewards(RewardConfig(reward_functions=["format", "length"]))[1] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"reward_functions": "exact"}, "names exact; known are exact_answer"),
+        ({"reward_functions": "no_module_here:f"}, "no_module_here:f, which cannot be imported"),
+        ({"reward_functions": ""}, "reward_functions is empty"),
+        ({"reward_functions": "format,format"}, "names a function twice"),
+        ({"reward_functions": "format,length", "reward_weights": [1.0]}, "reward_weights has 1 values for 2"),
+    ],
+)
+def test_bad_reward_settings_say_what_to_change(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_rewards(RewardConfig(**settings))

@@ -1,0 +1,158 @@
+"""The packed forward equals the plain padded one: values and gradients, over many architectures."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import models as hf
+
+from data.chat import Example, Pair
+from data.pack import empty_batch, pack_examples, pack_groups, pack_pairs
+from loops.shared.policy import choose_packing, enable_packing, score, self_check
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MOE = {
+    "experts_implementation": "eager",
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+EXACT = {
+    "LlamaConfig": {},
+    "Qwen2Config": {},
+    "Qwen3Config": {"tie_word_embeddings": True},
+    "Qwen3MoeConfig": MOE,
+    "MistralConfig": {"sliding_window": 5},
+    "MixtralConfig": MOE,
+    "Gemma2Config": {
+        "sliding_window": 5,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "Gemma3TextConfig": {"sliding_window": 5, "query_pre_attn_scalar": 16},
+    "Phi3Config": {},
+    "Olmo2Config": {},
+    "GraniteConfig": {
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+    },
+    "CohereConfig": {"logit_scale": 0.3},
+    "Cohere2Config": {"logit_scale": 0.3, "sliding_window": 5},
+    "GPTNeoXConfig": {},
+    "SmolLM3Config": {},
+    "Starcoder2Config": {"sliding_window": 5},
+    "GptOssConfig": {**MOE, "sliding_window": 5},
+}
+FALLS_BACK = {"StableLmConfig": {}, "MambaConfig": {"state_size": 4}, "BloomConfig": {"n_head": 4, "n_layer": 2}}
+
+
+def tiny(name: str, extra: dict, dtype=torch.float64, **more):
+    torch.manual_seed(0)
+    config = getattr(hf, name)(**{**SMALL, **extra, **more})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():  # sharp enough that a wrong attention pattern or a forgotten scale shows
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.1))
+    return model.eval()
+
+
+def groups(seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(3, 96, (n,), generator=g).tolist()  # noqa: E731
+    return [(draw(7), [draw(9), draw(1), draw(12)]), (draw(1), [draw(4)]), (draw(15), [draw(3), draw(8)])]
+
+
+def gradients(model, batch, packing: bool, temperature: float = 0.7):
+    model.zero_grad()
+    scores = score(model, batch, temperature=temperature, packing=packing)
+    weights = torch.linspace(-1, 1, scores.logprobs.numel(), dtype=scores.logprobs.dtype).view_as(scores.logprobs)
+    (scores.logprobs * weights * batch.mask).sum().backward()
+    return scores, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_packed_groups_equal_plain_padding(name, only_float64):
+    """The reference is an untouched twin with transformers' own attention."""
+    model = tiny(name, EXACT[name])
+    twin = copy.deepcopy(model)
+    eager = name in ("Gemma2Config", "GptOssConfig")
+    twin.set_attn_implementation("eager" if eager else "sdpa")
+    limit = 1e-10
+    enable_packing(model)
+    batch = pack_groups(groups())
+    assert batch.num_tokens == 7 + 22 + 1 + 4 + 15 + 11  # each prompt once
+    packed, packed_grads = gradients(model, batch, True)
+    plain, plain_grads = gradients(twin, batch, False)
+    assert (packed.logprobs - plain.logprobs).abs().max() < limit
+    assert (packed.entropy - plain.entropy).abs().max() < limit
+    assert packed_grads.keys() == plain_grads.keys()
+    for key, expected in plain_grads.items():
+        assert (packed_grads[key] - expected).norm() <= limit * max(expected.norm(), 1e-6), key
+
+
+@pytest.mark.parametrize("name", FALLS_BACK)
+def test_other_layers_fall_back_with_a_reason(name):
+    said = []
+    model = tiny(name, FALLS_BACK[name], dtype=torch.float32)
+    on = choose_packing(model, pack_groups(groups()), wanted=True, say=said.append)
+    assert not on and "packing: off" in said[0]
+    score(model, pack_groups(groups()), packing=False)  # and the plain path runs
+
+
+def test_examples_and_pairs_equal_plain_padding(only_float64):
+    model = tiny("Qwen3Config", {})
+    enable_packing(model)
+    g = torch.Generator().manual_seed(1)
+    ids = lambda n: torch.randint(3, 96, (n,), generator=g).tolist()  # noqa: E731
+    examples = [Example(ids(n), [bool(i % 3) for i in range(n)]) for n in (1, 5, 17, 5)]
+    for batch in (pack_examples(examples), pack_pairs([Pair(ids(4), ids(3), ids(6)), Pair(ids(9), ids(1), ids(2))])):
+        (packed, a), (plain, b) = gradients(model, batch, True), gradients(model, batch, False)
+        assert (packed.logprobs - plain.logprobs).abs().max() < 1e-10
+        assert all((a[k] - b[k]).norm() <= 1e-10 * max(b[k].norm(), 1e-6) for k in b)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = tiny("Qwen3Config", {})
+    enable_packing(model)
+    batch = pack_groups(groups())
+    _, plain = gradients(model, batch, True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    _, checkpointed = gradients(model, batch, True)
+    assert all(torch.equal(plain[k], checkpointed[k]) for k in plain)
+
+
+def test_an_empty_batch_gives_every_trained_weight_a_zero_gradient():
+    """So that a process with nothing to do still joins the reductions of the others."""
+    model = tiny("Qwen3Config", {"tie_word_embeddings": True})
+    enable_packing(model)
+    for packing in (True, False):
+        model.zero_grad()
+        score(model, empty_batch(), packing=packing).logprobs.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_self_check_stops_a_model_that_disagrees():
+    """A head that scales its logits by a number that the config does not tell."""
+    model = tiny("Qwen3Config", {}, dtype=torch.float32)
+    enable_packing(model)
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda hidden, *rest: original(hidden, *rest) if rest else 2 * original(hidden)
+    with pytest.raises(ValueError, match="packing: false"):
+        self_check(model, pack_groups(groups()), compute_dtype=torch.float32)
+
+
+def test_the_exported_config_names_the_architecture(tmp_path):
+    model = tiny("Qwen3Config", {}, dtype=torch.float32)
+    enable_packing(model)
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert '"Qwen3ForCausalLM"' in text and "plumbline" not in text

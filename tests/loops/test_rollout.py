@@ -1,0 +1,612 @@
+"""Laws of the rollouts: what the embedded engine samples is what the policy says, whatever the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from loops.shared.rollout import Completion, RolloutConfig, Sampling, build_engine
+from loops.shared.rollout.sampling import choose_tokens, noise_keys, uniform_noise
+from loops.shared.rollout.transformers_engine import TransformersEngine
+
+VOCABULARY = 96
+WIDTHS = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=3)
+GROUPED = dict(num_key_value_heads=2, head_dim=8, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+CONFIGS = {
+    "qwen3": Qwen3Config(**WIDTHS, **GROUPED),
+    "qwen3-mixed-window": Qwen3Config(
+        **WIDTHS, **GROUPED, use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "llama": LlamaConfig(**WIDTHS, **GROUPED),
+    "gpt-neox": GPTNeoXConfig(**WIDTHS, bos_token_id=None, eos_token_id=None),
+    "mistral-window": MistralConfig(**WIDTHS, **GROUPED, sliding_window=6),
+    "lfm2-convolution": Lfm2Config(
+        **WIDTHS, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], block_multiple_of=16,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    ),
+}  # fmt: skip
+PROMPTS = [[5, 9, 13, 2, 44, 17, 80, 3, 21], [7], [60, 61, 62, 63], [7], [30, 31, 32, 33, 34]]
+NUMBERS = [10, 11, 12, 13, 14]
+
+
+def build_model(name: str = "qwen3", std: float = 0.3) -> PreTrainedModel:
+    """A random model, spread enough that its greedy choices are clear and its distributions uneven."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, std)
+    return model.eval()
+
+
+class LetterTokenizer:
+    """Token i is a letter of the alphabet; 95 is a special token, which shows nothing."""
+
+    eos_token_id = None
+
+    def batch_decode(
+        self, sequences: list[list[int]], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> list[str]:
+        assert skip_special_tokens and not clean_up_tokenization_spaces
+        return ["".join(chr(97 + token % 26) for token in sequence if token != 95) for sequence in sequences]
+
+
+class ForwardLog:
+    """Shapes [rows, columns] of all tokens that go through a model."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.shapes: list[tuple[int, ...]] = []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: self.shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+
+    def tokens(self) -> int:
+        return sum(rows * columns for rows, columns in self.shapes)
+
+
+def sample(
+    model: torch.nn.Module,
+    prompts: list[list[int]] = PROMPTS,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    numbers: list[int] | None = None,
+    tokenizer: LetterTokenizer | None = None,
+    max_decode_batch: int = 0,
+    prefill_token_budget: int = 16384,
+    check_every: int = 0,
+    **sampling: object,
+) -> list[list[Completion]]:
+    engine = TransformersEngine(
+        model,
+        tokenizer,
+        max_decode_batch=max_decode_batch,
+        prefill_token_budget=prefill_token_budget,
+        check_every=check_every,
+    )
+    numbers = NUMBERS[: len(prompts)] if numbers is None else numbers
+    return engine.sample(prompts, n=n, sampling=Sampling(**sampling), seed=seed, prompt_numbers=numbers)
+
+
+def tokens_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+def scored(model: PreTrainedModel, prompt: list[int], completion: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """log-probabilities [T] of the completion by one plain forward over prompt and completion."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].float() / temperature
+    rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return rows.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+# ---- greedy and log-probabilities ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_equals_generate_on_each_prompt_alone(name: str) -> None:
+    """Prompts of 9, 1, 4, 1 and 5 tokens in one left-padded batch; windows of 6 tokens are passed by 12 new ones."""
+    model = build_model(name)
+    groups = sample(model, temperature=0.0, max_completion_length=12)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+        assert group[0].token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_greedy_equals_generate_on_the_left_padded_batch() -> None:
+    model = build_model()
+    width = max(map(len, PROMPTS))
+    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    expected = model.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0)
+    groups = sample(model, temperature=0.0, max_completion_length=20)
+    assert [group[0].token_ids for group in groups] == expected[:, width:].tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_equal_a_plain_forward(name: str, temperature: float) -> None:
+    """log softmax(logits / temperature), at temperature 1 for greedy tokens."""
+    model = build_model(name, std=0.2)
+    groups = sample(model, n=3, temperature=temperature, max_completion_length=11)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            expected = scored(model, prompt, completion.token_ids, temperature or 1.0)
+            assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_logprobs_ignore_truncation() -> None:
+    """With top_k=1 every token has probability 1 after truncation; what comes back is the untruncated one."""
+    model = build_model()
+    completion = sample(model, top_k=1, temperature=0.8, max_completion_length=6)[0][0]
+    assert torch.allclose(
+        torch.tensor(completion.logprobs), scored(model, PROMPTS[0], completion.token_ids, 0.8), atol=1e-5
+    )
+    assert min(completion.logprobs) < -0.01
+
+
+def test_float64_model_gives_float64_logprobs() -> None:
+    model = build_model().double()
+    completion = sample(model, max_completion_length=6)[0][0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0] + completion.token_ids])).logits[0]
+    expected = logits.log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
+    expected = expected.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(completion.logprobs, dtype=torch.float64), expected, atol=1e-12, rtol=0)
+
+
+# ---- chance ----------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_distribution_is_the_softmax() -> None:
+    """20,000 first tokens: Pearson's chi-square over C cells has mean C - 1 and variance 2 (C - 1); 4 deviations."""
+    model = build_model(std=0.15)
+    draws = 20_000
+    groups = sample(model, [PROMPTS[0]], n=draws, temperature=0.9, max_completion_length=1)
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in groups[0]]), minlength=VOCABULARY).double()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double()
+    expected = draws * (logits / 0.9).softmax(-1)
+    common = expected >= 5
+    cells = torch.cat([expected[common], expected[~common].sum()[None]])
+    seen = torch.cat([counts[common], counts[~common].sum()[None]])
+    cells, seen = cells[cells > 0], seen[cells > 0]
+    statistic = ((seen - cells) ** 2 / cells).sum()
+    freedom = len(cells) - 1
+    assert freedom > 20
+    assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_large_vocabulary_is_drawn_by_its_weights() -> None:
+    """1,000 tokens (three whole blocks and a rest) with weights 0, 1, 2, 3 by turns: equidistant noise must give each
+    token its share within one draw, and none of weight 0."""
+    weights = torch.arange(1000) % 4
+    draws = 60_000
+    noise = (torch.arange(draws).double() + 0.5) / draws
+    logits = weights.log().expand(draws, -1)
+    tokens, logprobs = choose_tokens(logits, noise, Sampling())
+    counts = torch.bincount(tokens, minlength=1000)
+    assert (counts - draws * weights / weights.sum()).abs().max() <= 1
+    assert torch.allclose(logprobs, (weights / weights.sum()).log()[tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 7}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_ends_of_the_noise_never_draw_a_token_of_probability_zero(truncation: dict[str, float]) -> None:
+    """Probability only at tokens 3 and 300 of 600: the smallest and the largest noise draw those."""
+    logits = torch.full((2, 600), -torch.inf)
+    logits[:, 3], logits[:, 300] = 1.0, 0.5
+    noise = torch.tensor([2.0**-49, 1 - 2.0**-49], dtype=torch.float64)
+    tokens, logprobs = choose_tokens(logits, noise, Sampling(**truncation))
+    assert tokens.tolist() == [3, 300]
+    assert logprobs.isfinite().all()
+
+
+def test_noise_is_splitmix64() -> None:
+    """Position j of a key is the mixer at key + (j + 1) * golden ratio, modulo 2**64: the top 48 bits, and a half."""
+
+    def mix(state: int) -> int:
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        return state ^ (state >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    assert mix(golden) == 0xE220A8397B1DCDAF  # the published first output of splitmix64 with seed 0
+    for seed, prompt, completion in [(0, 0, 0), (-1, 5, 2), (2**63 + 11, 10**12, 7)]:
+        key = seed % 2**64
+        for number in (prompt, completion):
+            key = mix(mix((key + golden) % 2**64) ^ number)
+        noise = uniform_noise(noise_keys(seed, torch.tensor([prompt]), torch.tensor([completion])), 3, 4)
+        expected = [((mix((key + (j + 1) * golden) % 2**64) >> 16) + 0.5) / 2**48 for j in range(3, 7)]
+        assert noise[0].tolist() == expected
+
+
+def test_noise_is_uniform_and_independent() -> None:
+    """100 x 10 keys of 40 positions: mean 1/2 and variance 1/12 within 5 deviations, neighbours uncorrelated."""
+    prompts, completions = torch.meshgrid(torch.arange(100), torch.arange(10), indexing="ij")
+    noise = uniform_noise(noise_keys(1, prompts.flatten(), completions.flatten()), 0, 40)
+    assert noise.unique().numel() == noise.numel()
+    assert abs(noise.mean() - 0.5) < 5 * (1 / 12 / noise.numel()) ** 0.5
+    assert abs(noise.var() - 1 / 12) < 5 * (1 / 180 / noise.numel()) ** 0.5
+    for one, other in [(noise[:, 1:], noise[:, :-1]), (noise[1:], noise[:-1]), (noise[10:], noise[:-10])]:
+        correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
+        assert abs(correlation) < 5 / one.numel() ** 0.5
+
+
+def test_completion_does_not_depend_on_its_batch() -> None:
+    """The same (seed, prompt number, completion) among other prompts, in another order, cut into other batches."""
+    model = build_model()
+    together = tokens_of(sample(model, n=4, seed=3, max_completion_length=15))
+    for place, (prompt, number) in enumerate(zip(PROMPTS, NUMBERS, strict=True)):
+        alone = sample(model, [prompt], n=4, seed=3, numbers=[number], max_completion_length=15)
+        assert tokens_of(alone)[0] == together[place]
+        assert [tokens_of(alone)[0][0]] == tokens_of(
+            sample(model, [prompt], seed=3, numbers=[number], max_completion_length=15)
+        )[0]
+    backwards = sample(model, PROMPTS[::-1], n=4, seed=3, numbers=NUMBERS[::-1], max_completion_length=15)
+    assert tokens_of(backwards)[::-1] == together
+    for max_decode_batch, budget in itertools.product([1, 3, 7], [1, 10]):
+        cut = sample(
+            model, n=4, seed=3, max_completion_length=15, max_decode_batch=max_decode_batch, prefill_token_budget=budget
+        )
+        assert tokens_of(cut) == together
+
+
+def test_completion_does_not_depend_on_its_batch_with_recurrent_layers() -> None:
+    model = build_model("lfm2-convolution")
+    together = tokens_of(sample(model, n=4, max_completion_length=8))
+    assert tokens_of(sample(model, n=4, max_completion_length=8, max_decode_batch=3)) == together
+
+
+def test_seed_prompt_number_and_completion_change_the_noise() -> None:
+    """Prompts 1 and 3 hold the same tokens under other numbers: their 8 completions under each of 2 seeds differ."""
+    model = build_model(std=0.1)
+    first, second = (sample(model, n=4, seed=seed, max_completion_length=12) for seed in (0, 1))
+    lists = [c.token_ids for groups in (first, second) for place in (1, 3) for c in groups[place]]
+    assert len({tuple(tokens) for tokens in lists}) == 16
+
+
+def test_noise_goes_on_past_its_first_block() -> None:
+    """Noise and room for keys are made 128 tokens at a time: 300 tokens, and the log-probabilities still hold."""
+    model = build_model(std=0.1)
+    completion = sample(model, [PROMPTS[0]], max_completion_length=300)[0][0]
+    assert len(completion.token_ids) == 300
+    assert completion.token_ids[:128] != completion.token_ids[128:256]
+    expected = scored(model, PROMPTS[0], completion.token_ids)
+    assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
+# ---- truncation ------------------------------------------------------------------------------------------------------
+
+
+def test_top_k_of_one_is_greedy() -> None:
+    model = build_model()
+    greedy = sample(model, temperature=0.0, max_completion_length=10)
+    assert tokens_of(sample(model, top_k=1, max_completion_length=10)) == tokens_of(greedy)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "allowed"),
+    [
+        ({"top_k": 2}, {1, 2}),
+        ({"top_p": 0.6}, {1, 2}),
+        ({"top_p": 0.4}, {1}),
+        ({"top_p": 0.8}, {0, 1, 2}),
+        ({"min_p": 0.3}, {0, 1, 2}),
+        ({"min_p": 0.4}, {1, 2}),
+        ({"top_k": 3, "top_p": 0.8}, {1, 2}),
+        ({"top_k": 3, "min_p": 0.4}, {1, 2}),
+        ({}, {0, 1, 2, 3}),
+    ],
+)
+def test_truncation_keeps_only_the_allowed_tokens(truncation: dict[str, float], allowed: set[int]) -> None:
+    """Probabilities .16, .5, .25, .09. Top-p .6 needs .5 + .25, top-p .8 needs .16 more; min-p .3 asks for .15, min-p
+    .4 for .2; of the best three, .91 in mass, top-p .8 asks for .728, which .5 + .25 holds. What stays keeps its
+    proportions."""
+    probabilities = torch.tensor([0.16, 0.5, 0.25, 0.09])
+    draws = 4000
+    noise = (torch.arange(draws).double() + 0.5) / draws
+    tokens, _ = choose_tokens(probabilities.log().expand(draws, -1), noise, Sampling(**truncation))
+    assert set(tokens.tolist()) == allowed
+    kept = torch.tensor([token in allowed for token in range(4)]) * probabilities
+    counts = torch.bincount(tokens, minlength=4)
+    assert (counts - draws * kept / kept.sum()).abs().max() <= 1
+
+
+def test_nucleus_wider_than_the_first_sort_is_whole() -> None:
+    """3,000 equal tokens, top_p = 0.5: exactly 1,500 of them stay, more than the 1,024 sorted at first."""
+    draws = 6000
+    noise = (torch.arange(draws).double() + 0.5) / draws
+    tokens, _ = choose_tokens(torch.zeros(draws, 3000), noise, Sampling(top_p=0.5))
+    assert abs(tokens.unique().numel() - 1500) <= 1
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_stop_token_is_kept_and_a_truncated_completion_has_none() -> None:
+    """Free completions of 16 tokens, cut after their first stop token, are the completions with stop tokens."""
+    model = build_model(std=0.1)
+    stops = set(range(0, VOCABULARY, 12))
+    free = sample(model, n=8, max_completion_length=16)
+    groups = sample(model, n=8, max_completion_length=16, stop_token_ids=tuple(stops))
+    reasons = set()
+    for completion, whole in zip(itertools.chain(*groups), itertools.chain(*free), strict=True):
+        places = [place for place, token in enumerate(whole.token_ids) if token in stops]
+        length = places[0] + 1 if places else 16
+        assert completion.token_ids == whole.token_ids[:length]
+        assert completion.logprobs == pytest.approx(whole.logprobs[:length], abs=1e-5)
+        assert completion.finish_reason == ("stop" if places else "length")
+        reasons.add(completion.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_stop_token_as_the_last_allowed_token_is_a_stop() -> None:
+    model = build_model()
+    token = sample(model, [PROMPTS[0]], temperature=0.0, max_completion_length=1)[0][0].token_ids[0]
+    completion = sample(model, [PROMPTS[0]], temperature=0.0, max_completion_length=1, stop_token_ids=(token,))[0][0]
+    assert (completion.token_ids, completion.finish_reason) == ([token], "stop")
+
+
+def test_stop_tokens_are_those_of_model_tokenizer_and_sampling() -> None:
+    """Greedy tokens t0, t1, t2, ...: each source alone stops at its own token."""
+    model = build_model()
+    greedy = sample(model, [PROMPTS[4]], temperature=0.0, max_completion_length=6)[0][0].token_ids
+    first, second, third = list(dict.fromkeys(greedy))[:3]
+    tokenizer = LetterTokenizer()
+    tokenizer.eos_token_id = second
+
+    def length(tokenizer: LetterTokenizer | None, **sampling: object) -> int:
+        out = sample(model, [PROMPTS[4]], tokenizer=tokenizer, temperature=0.0, max_completion_length=6, **sampling)
+        return len(out[0][0].token_ids)
+
+    assert length(None, stop_token_ids=(third,)) == greedy.index(third) + 1
+    assert length(tokenizer, stop_token_ids=(third,)) == greedy.index(second) + 1
+    model.generation_config.eos_token_id = [first, 1000]
+    assert length(tokenizer) == greedy.index(first) + 1
+    model.generation_config.eos_token_id = first
+    assert length(None) == greedy.index(first) + 1
+
+
+def test_stop_string_ends_a_completion_with_the_token_that_completes_it() -> None:
+    """The shortest prefix of the free completion whose text holds a stop string, which stays in it."""
+    model = build_model(std=0.1)
+    tokenizer = LetterTokenizer()
+    strings = ("ab", "q", "xyz", "th")
+    free = sample(model, n=8, tokenizer=tokenizer, max_completion_length=24)
+    groups = sample(model, n=8, tokenizer=tokenizer, max_completion_length=24, stop=strings)
+    hits = 0
+    for completion, whole in zip(itertools.chain(*groups), itertools.chain(*free), strict=True):
+        prefixes = [whole.token_ids[:length] for length in range(1, 25)]
+        texts = tokenizer.batch_decode(prefixes, True, False)
+        holding = [place for place, text in enumerate(texts) if any(string in text for string in strings)]
+        expected = prefixes[holding[0]] if holding else whole.token_ids
+        assert completion.token_ids == expected
+        assert completion.text == tokenizer.batch_decode([expected], True, False)[0]
+        assert completion.finish_reason == ("stop" if holding else "length")
+        hits += bool(holding)
+    assert 0 < hits < 40
+
+
+@pytest.mark.parametrize("check_every", [3, 8, 50])
+def test_rare_checks_change_no_completion(check_every: int) -> None:
+    """What is decoded between a stop and the next look is cut off, whether a token or a string stopped it."""
+    model = build_model(std=0.1)
+    arguments = dict(
+        n=8, tokenizer=LetterTokenizer(), max_completion_length=22, stop=("ab", "q"), stop_token_ids=(3, 40)
+    )
+    groups = sample(model, check_every=check_every, **arguments)
+    for completion, expected in zip(
+        itertools.chain(*groups), itertools.chain(*sample(model, **arguments)), strict=True
+    ):
+        assert completion.token_ids == expected.token_ids
+        assert completion.finish_reason == expected.finish_reason
+
+
+def test_earlier_of_stop_token_and_stop_string_wins() -> None:
+    model = build_model(std=0.1)
+    tokenizer = LetterTokenizer()
+    stops = set(range(0, VOCABULARY, 15))
+    free = sample(model, n=8, tokenizer=tokenizer, max_completion_length=24)
+    groups = sample(model, n=8, tokenizer=tokenizer, max_completion_length=24, stop=("q",), stop_token_ids=tuple(stops))
+    for completion, whole in zip(itertools.chain(*groups), itertools.chain(*free), strict=True):
+        ends = [
+            place + 1
+            for place, token in enumerate(whole.token_ids)
+            if token in stops or tokenizer.batch_decode([[token]], True, False)[0] == "q"
+        ]
+        assert completion.token_ids == whole.token_ids[: ends[0] if ends else 24]
+
+
+# ---- work ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_distinct_prompt_is_computed_once() -> None:
+    """Five prompts, two the same, 6 completions each: one forward of 4 rows of 9 columns, then 30 rows of 1."""
+    model = build_model()
+    log = ForwardLog(model)
+    sample(model, n=6, max_completion_length=4)
+    assert log.shapes == [(4, 9), (30, 1), (30, 1), (30, 1)]
+
+
+def test_prefill_keeps_its_token_budget() -> None:
+    """Lengths 1, 4, 5, 9 and a budget of 10: {1, 4} is 2 x 4, a third would make 3 x 5; 5 and 9 go alone."""
+    model = build_model()
+    log = ForwardLog(model)
+    whole = sample(model, n=2, max_completion_length=1)
+    log.shapes.clear()
+    assert tokens_of(sample(model, n=2, max_completion_length=1, prefill_token_budget=10)) == tokens_of(whole)
+    assert log.shapes == [(2, 4), (1, 5), (1, 9)]
+
+
+def test_finished_sequences_leave_the_batch() -> None:
+    """Rows times steps stay within a quarter of the tokens that had to be sampled (the last ones need no forward)."""
+    model = build_model(std=0.05)
+    log = ForwardLog(model)
+    groups = sample(model, n=30, max_completion_length=60, stop_token_ids=tuple(range(0, VOCABULARY, 8)))
+    lengths = [len(completion.token_ids) for group in groups for completion in group]
+    assert min(lengths) < 4 and max(lengths) > 20
+    assert log.shapes[0] == (4, 9)
+    rows = [shape[0] for shape in log.shapes[1:]]
+    assert rows == sorted(rows, reverse=True)
+    assert sum(rows) <= 1.25 * sum(length - 1 for length in lengths)
+    assert len(rows) == max(lengths) - 1
+
+
+def test_decode_batch_is_bounded() -> None:
+    model = build_model()
+    log = ForwardLog(model)
+    sample(model, n=4, max_completion_length=5, max_decode_batch=6)
+    assert max(rows for rows, columns in log.shapes[1:]) == 6
+    assert sum(columns > 1 for _, columns in log.shapes) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_mode_is_restored_and_the_cache_is_used(checkpointing: bool) -> None:
+    """A module in evaluation mode inside a training model stays so; gradient checkpointing does not undo the cache."""
+    model = build_model()
+    expected = tokens_of(sample(model, n=2, max_completion_length=5))
+    model.train()
+    model.lm_head.eval()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    before = [module.training for module in model.modules()]
+    log = ForwardLog(model)
+    assert tokens_of(sample(model, n=2, max_completion_length=5)) == expected
+    assert [module.training for module in model.modules()] == before
+    assert [columns for _, columns in log.shapes] == [9, 1, 1, 1, 1]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_mode_is_restored_after_an_error() -> None:
+    model = build_model().train()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="not finite"):
+        sample(model, max_completion_length=3)
+    assert model.training
+
+
+def test_adapter_is_sampled_with_the_base() -> None:
+    """A LoRA policy samples like the merged model, and dropout is off while it does."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build_model(), LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    model.train()
+    groups = sample(model, n=2, temperature=0.9, max_completion_length=8)
+    base = sample(build_model(), n=2, temperature=0.9, max_completion_length=8)
+    assert tokens_of(groups) != tokens_of(base)
+    model.eval()
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            expected = scored(model, prompt, completion.token_ids, 0.9)
+            assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_autocast_of_the_trainer_is_used() -> None:
+    """bf16 autocast: the log-probabilities are those of a forward under the same autocast, and not of fp32."""
+    model = build_model()
+    seen = set()
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    config = RolloutConfig(max_completion_length=6, engine="transformers")
+    engine = build_engine(config, model, None, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    completion = engine.sample([PROMPTS[0]], n=1, sampling=config.sampling(), seed=0, prompt_numbers=[0])[0][0]
+    assert seen == {torch.bfloat16}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = scored(model, PROMPTS[0], completion.token_ids)
+    assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=0.15)
+
+
+# ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+def test_completion_carries_the_weight_version_of_the_last_sync() -> None:
+    model = build_model()
+    engine = build_engine(RolloutConfig(), model, LetterTokenizer())
+    arguments = dict(n=1, sampling=Sampling(max_completion_length=2), seed=0, prompt_numbers=[0])
+    assert engine.sample([[1, 2]], **arguments)[0][0].weight_version == 0
+    report = engine.sync(model)
+    assert (report.weight_version, report.bytes, report.tensors) == (1, 0, 0)
+    assert engine.sample([[1, 2]], **arguments)[0][0].weight_version == 1
+    with pytest.raises(ValueError, match="build the engine with the policy"):
+        engine.sync(build_model())
+    assert engine.weight_version == 1
+
+
+def test_weights_changed_in_place_are_sampled() -> None:
+    model = build_model()
+    before = tokens_of(sample(model, temperature=0.0, max_completion_length=6))
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
+    assert tokens_of(sample(model, temperature=0.0, max_completion_length=6)) != before
+
+
+def test_no_prompts_give_no_completions() -> None:
+    assert sample(build_model(), []) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 .* no tokens"),
+        ({"n": 0}, "n is 0"),
+        ({"numbers": [1]}, "5 prompts and 1 prompt_numbers"),
+        ({"stop": ("x",)}, "tokenizer"),
+    ],
+)
+def test_bad_calls_are_refused(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sample(build_model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("engine", "sglang"),
+        ("num_generations", 0),
+        ("max_completion_length", 0),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 1.0),
+        ("stop", [""]),
+        ("stop_token_ids", [-1]),
+        ("max_decode_batch", -1),
+        ("prefill_token_budget", 0),
+    ],
+)
+def test_values_out_of_range_are_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        RolloutConfig(**{field: value})
+
+
+def test_config_gives_the_sampling() -> None:
+    config = RolloutConfig(temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, stop=["a"], stop_token_ids=[4])
+    shared = {leaf.name for leaf in dataclasses.fields(Sampling)}
+    given = {name: value for name, value in dataclasses.asdict(config).items() if name in shared}
+    sampled = dataclasses.asdict(config.sampling())
+    assert {name: list(value) if isinstance(value, tuple) else value for name, value in sampled.items()} == given
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
+def test_engines_to_come_say_so(engine: str) -> None:
+    with pytest.raises(ValueError, match="set engine to transformers"):
+        build_engine(RolloutConfig(engine=engine), build_model(), None)

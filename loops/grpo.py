@@ -22,16 +22,9 @@ from accelerate.utils import gather_object
 from configs.loader import dump_config, load_config
 from data.chat import EncodeConfig, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.pack import (
-    BatchConfig,
-    cut_microbatches,
-    pack_completions,
-    rows_of_step,
-    share_of_rank,
-    steps_per_epoch,
-)
+from data.pack import BatchConfig, cut_microbatches, pack_completions, rows_of_step, share_of_rank, steps_per_epoch
 from data.rewards import RewardConfig, build_judge, build_rewards, judge_completions, reward_statistics
-from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer
+from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
@@ -207,8 +200,8 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
             terms["tokens/scored"] = len(gap)
             terms["tokens/computed"] = batch.num_tokens
             add_sums(sums, terms)
-        sums["optim/grad_norm_max"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
-        sums["optim/learning_rate_max"] = scheduler.get_last_lr()[0]
+        sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+        sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -248,19 +241,20 @@ def main(config: Config) -> None:
     run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
     run.say(str(report))
-    policy = build_policy(config.model, seed=config.run.seed, device=accelerator.device)
+    policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
+    run.say(parameter_line(policy))
     ids = [prompt.prompt_ids for prompt in prompts[:2] for _ in range(2)]
     first = pack_completions(ids, ids, [True] * len(ids))  # any real rows do
     packing = choose_packing(policy, first.to(accelerator.device), wanted=config.batch.packing, say=run.say)
     reference = build_reference(policy) if config.beta else None
-    total_steps = config.run.total_steps(steps_per_epoch(len(prompts), config.prompts(accelerator.num_processes)))
-    run.tracker.expect(total_steps)
+    epoch_steps = steps_per_epoch(len(prompts), config.prompts(accelerator.num_processes))
+    total_steps = config.run.total_steps(epoch_steps)
     optimizer = build_optimizer(policy, config.optim)
     scheduler = build_schedule(optimizer, config.optim, total_steps * config.num_iterations)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     seed_process(config.run.seed, accelerator.process_index)
-    start = run.load(policy, optimizer, scheduler)
+    start = run.load(policy, optimizer, scheduler, total_steps)
     if start == 0 and eval_prompts:
         run.log(evaluate(engine, eval_prompts, judges, config, accelerator), 0)
 
@@ -286,9 +280,9 @@ def main(config: Config) -> None:
         done, last = step + 1, step + 1 == total_steps
         if eval_prompts and run.due(done, config.run.eval_steps, last):
             metrics |= evaluate(engine, eval_prompts, judges, config, accelerator)
-        if config.run.save_steps and run.due(done, config.run.save_steps, last):
-            metrics["time/save"] = run.save(policy, optimizer, scheduler, done, config.run)
         run.log(metrics, done)
+        if config.run.save_steps and run.due(done, config.run.save_steps, last):
+            run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
         if config.run.log_completions_steps and run.due(done, config.run.log_completions_steps, last):
             shown = zip([mine[0].text] * 4, completions, advantages.tolist(), strict=False)  # of the first group
             run.tracker.completions([{"prompt": p, "completion": c.text, "advantage": a} for p, c, a in shown], done)

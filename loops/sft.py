@@ -21,7 +21,7 @@ from data.chat import EncodeConfig, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.pack import BatchConfig, cut_step, pack_examples, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
-from loops.shared.models import ModelConfig, build_policy, build_tokenizer
+from loops.shared.models import ModelConfig, build_policy, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
@@ -81,8 +81,8 @@ def train_step(policy, optimizer, scheduler, microbatches, denominator, config, 
         loss, terms = score_batch(policy, batch, config, packing)
         accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
         add_sums(sums, terms)
-    sums["optim/grad_norm_max"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
-    sums["optim/learning_rate_max"] = scheduler.get_last_lr()[0]
+    sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+    sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -126,19 +126,20 @@ def main(config: Config) -> None:
     run = start_run(config.run, loop="sft", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
     run.say(str(report))
-    policy = build_policy(config.model, seed=config.run.seed, device=accelerator.device)
+    policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
+    run.say(parameter_line(policy))
     packing = choose_packing(
         policy, pack_examples(examples[:2]).to(accelerator.device), wanted=config.batch.packing, say=run.say
     )
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
-    total_steps = config.run.total_steps(steps_per_epoch(len(examples), rows_per_step))
-    run.tracker.expect(total_steps)
+    epoch_steps = steps_per_epoch(len(examples), rows_per_step)
+    total_steps = config.run.total_steps(epoch_steps)
     optimizer = build_optimizer(policy, config.optim)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = accelerator.prepare(policy, optimizer)
     seed_process(config.run.seed, accelerator.process_index)
-    start = run.load(policy, optimizer, scheduler)
+    start = run.load(policy, optimizer, scheduler, total_steps)
     if start == 0 and eval_examples:
         run.log(evaluate(policy, engine, eval_examples, eval_prompts, judges, config, accelerator, packing), 0)
 
@@ -154,9 +155,9 @@ def main(config: Config) -> None:
         done, last = step + 1, step + 1 == total_steps
         if eval_examples and run.due(done, config.run.eval_steps, last):
             metrics |= evaluate(policy, engine, eval_examples, eval_prompts, judges, config, accelerator, packing)
-        if config.run.save_steps and run.due(done, config.run.save_steps, last):
-            metrics["time/save"] = run.save(policy, optimizer, scheduler, done, config.run)
         run.log(metrics, done)
+        if config.run.save_steps and run.due(done, config.run.save_steps, last):
+            run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
     run.finish(policy, tokenizer, merge=config.model.merge_weights)
 
 

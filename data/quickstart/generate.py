@@ -1,7 +1,7 @@
 """Writes the quickstart's rows, tokenizer and model config: `python -m data.quickstart.generate [folder]`.
 
-The task is the addition of two numbers of three digits. A demonstration either works the columns out before the answer, or
-answers at once; both are right, but a small model can only rely on the first:
+The task is the addition of two numbers of three digits. A demonstration either works the columns out before the
+answer, or answers at once; both are right, but a small model can only rely on the first:
 
     prompt      347 + 685 = ?
     worked      <think>7+5=12 4+8+1=13 3+6+1=10</think>
@@ -48,7 +48,7 @@ Problem = tuple[int, int]
 
 def columns_of(problem: Problem) -> list[tuple[int, int]]:
     """The two digits of every column, units first."""
-    return [(int(a), int(b)) for a, b in zip(reversed(str(problem[0])), reversed(str(problem[1])))]
+    return [(int(a), int(b)) for a, b in zip(reversed(str(problem[0])), reversed(str(problem[1])), strict=True)]
 
 
 def work_out(problem: Problem, slip: str, random_numbers: random.Random) -> tuple[str, str]:
@@ -152,7 +152,7 @@ def build_model_config(vocab_size: int) -> dict:
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "initializer_range": 0.02,
+        "initializer_range": 0.05,
         "rms_norm_eps": 1e-06,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "max_position_embeddings": MODEL_MAX_LENGTH,

@@ -24,7 +24,7 @@ TAGS = (
 )  # ids 3 to 12
 MODEL_MAX_LENGTH = 1024
 
-# Each word is merged from its left end; earlier words win. Roles and operators come first, so that a prompt stays short.
+# Each word is merged from its left end; earlier words win. Roles and operators come first: prompts stay short.
 MERGED_WORDS = (
     "user",
     "assistant",
@@ -100,7 +100,7 @@ CHAT_TEMPLATE = """\
         {%- endgeneration -%}
         {{- '\\n' -}}
     {%- else -%}
-        {{- raise_exception('This template knows the roles system, user, assistant and tool, not ' + message.role + '.') -}}
+        {{- raise_exception('The roles are system, user, assistant and tool, not ' + message.role + '.') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
@@ -130,7 +130,8 @@ def build_tokenizer() -> dict:
     merges = merges_of(MERGED_WORDS)
     tokens = [*SPECIAL_TOKENS, *TAGS, *sorted(byte_characters()), *(left + right for left, right in merges)]
     if len(tokens) % 64 or len(set(tokens)) != len(tokens):
-        raise ValueError(f"The vocabulary has {len(tokens)} tokens; choose MERGED_WORDS so that it is a multiple of 64.")
+        raise ValueError(f"The vocabulary has {len(tokens)} tokens; change MERGED_WORDS to make it a multiple of 64.")
+    digits = {"type": "Digits", "individual_digits": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     return {
         "version": "1.0",
@@ -149,7 +150,7 @@ def build_tokenizer() -> dict:
             for number, token in enumerate([*SPECIAL_TOKENS, *TAGS])
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
         "post_processor": byte_level,
         "decoder": byte_level,
         "model": {

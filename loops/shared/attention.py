@@ -234,14 +234,15 @@ def packed_attention(
     if flash and softcap is None and s_aux is None and not dropout:
         index, cu_q, cu_k, max_q, max_k = layout.flash()
         if index is not None:
-            k, v = k[index], v[index]
+            k, v = k.index_select(0, index), v.index_select(0, index)
         out = flash(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, scaling, window)
         return out[None], None
 
     buckets, query_index, key_index, place = layout.buckets()
-    q_parts = q[query_index].split([b.queries.numel() for b in buckets])
+    # index_select and not q[...]: on a CPU the gradient of the latter adds up in an order that differs between runs
+    q_parts = q.index_select(0, query_index).split([b.queries.numel() for b in buckets])
     sizes = [b.keys.numel() for b in buckets]
-    k_parts, v_parts = k[key_index].split(sizes), v[key_index].split(sizes)
+    k_parts, v_parts = (x.index_select(0, key_index).split(sizes) for x in (k, v))
     outs = []
     for number, bucket in enumerate(buckets):
         shape = (*bucket.queries.shape, *q.shape[1:])
@@ -265,7 +266,7 @@ def packed_attention(
             )
         outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], v.shape[-1]))
     flat = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return flat[place][None], None
+    return flat.index_select(0, place)[None], None
 
 
 def _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout) -> Tensor:
@@ -276,7 +277,7 @@ def _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout) -> Tensor:
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = scores.to(wide).masked_fill(~mask, float("-inf"))
+    scores = scores.to(wide).masked_fill(~mask, torch.finfo(wide).min)
     if s_aux is not None:  # a learned logit per head that takes probability and gives nothing
         sink = s_aux.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)

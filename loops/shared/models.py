@@ -232,7 +232,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> No
 
 
 def build_policy(
-    config: ModelConfig, *, seed: int, device: torch.device | str, for_fsdp: bool = False
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    seed: int,
+    device: torch.device | str,
+    for_fsdp: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """The model that is trained: a transformers causal LM, or peft's wrapper around a frozen one. In training mode.
 
@@ -240,6 +245,7 @@ def build_policy(
     same on every rank and device; the caller's random state is left as it was.
 
     Args:
+        tokenizer: checked against the embeddings, when given.
         seed: of the random weights.
         device: where the weights go. Unquantised weights stay on the CPU when `for_fsdp`, since sharding moves them.
         for_fsdp: the policy will be sharded with FSDP2.
@@ -264,6 +270,8 @@ def build_policy(
 
     with _seeded(seed, device):
         base = _build_base(config, source, device, for_fsdp)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, base)
         policy: Any = base
         if source.adapter:
             policy = _continue_adapter(base, source.adapter, config)

@@ -123,7 +123,7 @@ def _plain_forward(model: nn.Module, batch, temperature: float) -> tuple[Tensor,
         input_ids, attention_mask = batch.input_ids, torch.ones_like(batch.input_ids)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
-    logits = logits[batch.rows, predictors]  # [K, V]
+    logits = logits.flatten(0, 1).index_select(0, batch.rows * logits.shape[1] + predictors)  # [K, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     everything = logits.log_softmax(-1)
     logprobs = everything.gather(-1, batch.targets[:, None])[:, 0]

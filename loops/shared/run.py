@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import random
@@ -22,7 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
 from loops.shared.checkpoint import find_checkpoint, load_checkpoint, read_manifest, save_checkpoint
-from loops.shared.tracking import Tracker, start_tracking
+from loops.shared.tracking import SilentTracker, Tracker, start_tracking
 from loops.shared.weights import export_model
 
 
@@ -91,12 +93,14 @@ class RunConfig:
 class Run:
     """What `start_run` gives the loop."""
 
+    config: RunConfig
     accelerator: Accelerator
     folder: Path
-    tracker: Tracker
+    tracker: Tracker | SilentTracker
     checkpoint: Path | None  # to resume from
     card: dict  # what the model card tells
     latest: dict[str, float] = field(default_factory=dict)  # newest value of each metric
+    save_seconds: float | None = None  # of a checkpoint written since the last row
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal, from the main process."""
@@ -104,28 +108,32 @@ class Run:
             print(text, flush=True)
 
     def due(self, step: int, every: int, last: bool) -> bool:
-        """Whether something that happens every `every` steps (0: only at the end) is due after step `step`."""
+        """Whether what happens every `every` steps (0: only at the end) is due after step `step`."""
         return last or (every > 0 and step % every == 0)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Metrics of a step, to metrics.jsonl and the trackers; evaluations are also said."""
+        if self.save_seconds is not None:
+            metrics, self.save_seconds = metrics | {"time/save": self.save_seconds}, None
         self.latest |= metrics
         self.tracker.log(metrics, step)
         self.tracker.progress(step, metrics)
-        shown = ", ".join(f"{name[5:]} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
         if shown:
             self.say(f"step {step}: {shown}")
 
-    def load(self, policy: nn.Module, optimizer, scheduler) -> int:
+    def load(self, policy: nn.Module, optimizer, scheduler, total_steps: int) -> int:
         """Put the checkpoint to resume from back, if there is one; returns the step to go on from."""
+        self.tracker.expect(total_steps)
         if self.checkpoint is None:
             return 0
-        self.say(f"resuming from {self.checkpoint}")
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
-        return load_checkpoint(self.checkpoint, accelerator=self.accelerator, **objects)["step"]
+        step = load_checkpoint(self.checkpoint, accelerator=self.accelerator, **objects)["step"]
+        self.say(f"resuming from {self.checkpoint}" if step < total_steps else f"{self.folder} is a finished run")
+        return step
 
-    def save(self, policy: nn.Module, optimizer, scheduler, step: int, config: RunConfig) -> float:
-        """Write a checkpoint that a resumed run continues exactly; returns the seconds it took."""
+    def save(self, policy: nn.Module, optimizer, scheduler, step: int, epoch: int) -> None:
+        """Write a checkpoint that a resumed run continues exactly; its seconds are in the next row, as `time/save`."""
         began = time.perf_counter()
         save_checkpoint(
             self.folder,
@@ -134,10 +142,10 @@ class Run:
             optimizer=optimizer,
             scheduler=scheduler,
             step=step,
-            state={"step": step},
-            keep=config.save_total_limit,
+            state={"step": step, "epoch": epoch},
+            keep=self.config.save_total_limit,
         )
-        return time.perf_counter() - began
+        self.save_seconds = time.perf_counter() - began
 
     def finish(self, policy: nn.Module, tokenizer, *, merge: bool) -> None:
         """Export the trained model to `model/` in the run folder, and close the trackers."""
@@ -145,6 +153,7 @@ class Run:
         card = self.card | {"metrics": {k: v for k, v in self.latest.items() if k.startswith("eval/")}}
         export_model(self.accelerator.unwrap_model(policy), tokenizer, folder, merge=merge, card=card)
         self.accelerator.wait_for_everyone()
+        atexit.unregister(self.tracker.finish)
         self.tracker.finish(ok=True)
         self.say(f"model written to {folder}")
 
@@ -174,6 +183,7 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     if on_cpu and accelerator.num_processes == 1:  # `accelerate launch` sets one thread a process
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     set_seed(config.seed)
+    _quieten(accelerator.is_main_process)
 
     name = config.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
     if config.output_dir:
@@ -197,7 +207,8 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(resolved)
-        (folder / "provenance.json").write_text(json.dumps(_provenance(accelerator, config.seed), indent=1) + "\n")
+        name = f"provenance-{checkpoint.name}.json" if checkpoint else "provenance.json"
+        (folder / name).write_text(json.dumps(_provenance(accelerator, config.seed), indent=1) + "\n")
     accelerator.wait_for_everyone()
     tracker = start_tracking(
         accelerator,
@@ -210,7 +221,8 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         resume_step=read_manifest(checkpoint)["step"] if checkpoint else None,
         logging_steps=config.logging_steps,
     )
-    run = Run(accelerator, folder, tracker, checkpoint, card)
+    atexit.register(tracker.finish, ok=False)  # a run that ends early is marked as failed
+    run = Run(config, accelerator, folder, tracker, checkpoint, card)
     if config.resume_from == "latest" and checkpoint is None:
         run.say(f"{folder} holds no checkpoint: starting anew")
     return run
@@ -224,14 +236,14 @@ def add_sums(into: dict, terms: dict) -> None:
 
 
 def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
-    """The step's sums over all processes, in one exchange; `..._max` and times by maximum.
+    """The step's sums over all processes, in one exchange; `..._max`, time/ and optim/ by maximum.
 
     Processes may hold different names (one that had nothing to do holds few): a missing name adds nothing.
     """
     total: dict[str, float] = {}
     for terms in gather_object([dict(sums)]):
         for name, value in terms.items():
-            if name.endswith("_max") or name.startswith("time/"):
+            if name.endswith("_max") or name.startswith(("time/", "optim/")):
                 total[name] = max(total.get(name, float("-inf")), float(value))
             else:
                 total[name] = total.get(name, 0.0) + float(value)
@@ -260,6 +272,16 @@ def seed_process(seed: int, rank: int) -> None:
     """Own streams of random numbers for this process (dropout), once the weights are built alike everywhere."""
     random.seed(seed + rank)
     torch.manual_seed(seed + rank)
+
+
+def _quieten(is_main: bool) -> None:
+    """Keep the terminal for the run: no libraries' progress bars, no advice that nobody here can follow."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional CPU kernels that it would fetch from the hub
+    if not is_main:
+        logging.getLogger("loops").setLevel(logging.ERROR)
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +227,44 @@ def test_float64_keeps_its_digits_beside_float32() -> None:
 
 def test_without_gradients_the_norm_is_zero() -> None:
     assert clip_gradients(None, nn.Linear(1, 1), 1.0).item() == 0.0
+
+
+def test_clipped_step_on_shards_equals_the_whole_model() -> None:
+    """FSDP2 over two processes, plain and hybrid mesh; in a process of its own, since forked children of a threaded
+    parent hang."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def sharded_step_equals_whole() -> None:
+    from accelerate import Accelerator
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    accelerator = Accelerator(cpu=True)
+    for shape in ((2,), (2, 1)):  # (replicas, shards) in the hybrid mesh: every rank holds the whole gradient
+        torch.manual_seed(0)
+        whole = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).double()
+        sharded = copy.deepcopy(whole)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[: len(shape)]))
+        rows = torch.randn(6, 5, dtype=torch.float64)
+        norms = []
+        for model in (whole, sharded):
+            optimizer = build_optimizer(model, config(learning_rate=0.1))
+            model(rows).pow(2).sum().backward()
+            norms.append(clip_gradients(accelerator, model, 0.5))
+            optimizer.step()
+        assert norms[0] > 0.5 and type(norms[1]) is torch.Tensor
+        torch.testing.assert_close(norms[0], norms[1], rtol=1e-14, atol=0)
+        for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(one, other.full_tensor(), rtol=1e-13, atol=1e-14)
+
+
+if __name__ == "__main__":
+    from accelerate import debug_launcher
+
+    torch.set_num_threads(1)
+    debug_launcher(sharded_step_equals_whole, num_processes=2)

@@ -1,0 +1,137 @@
+"""The loops from end to end on the quickstart's rows: they run, resume to the same bytes, export, and refuse bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.loader import load_config
+from loops import dpo, grpo, sft
+
+HOUSE = Path(__file__).resolve().parents[2]
+LOOPS = {"sft": sft, "dpo": dpo, "grpo": grpo}
+BATCH = {"sft": 16, "dpo": 8, "grpo": 16}
+
+
+def first_token_is_even(*, completion_ids, **_):
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
+def run(loop: str, output_dir: Path, *options: str) -> list[dict]:
+    """Run a loop's main in this process on its shipped config, cut short; returns the rows of metrics.jsonl."""
+    AcceleratorState._reset_state(True)
+    common = ["--config", f"configs/{loop}.yaml", "--output_dir", str(output_dir), "--max_completion_length", "8"]
+    common += ["--per_device_train_batch_size", str(BATCH[loop]), "--max_eval_samples", "12", "--warmup_steps", "1"]
+    if loop == "grpo":  # a reward that random weights earn half of the time
+        common += ["--reward_functions", "tests.loops.test_runs:first_token_is_even", "--reward_weights", "1"]
+    if loop != "sft":
+        common += ["--model_id", "data/quickstart/scratch", "--from_scratch"]
+    threads = torch.get_num_threads()
+    LOOPS[loop].main(load_config(LOOPS[loop].Config, [*common, *options], prog=loop))
+    torch.set_num_threads(threads)
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def from_the_house(monkeypatch):
+    monkeypatch.chdir(HOUSE)  # the shipped configs name their files from there
+
+
+def test_the_pipeline_runs_and_each_loop_reads_what_the_last_one_wrote(tmp_path):
+    folder = None
+    for loop, loss in (("sft", "loss/sft"), ("dpo", "loss/dpo"), ("grpo", "loss/policy")):
+        previous = ["--model_id", str(folder / "model"), "--from_scratch", "false"] if folder else []
+        folder = tmp_path / loop
+        rows = run(loop, folder, "--max_steps", "3", "--learning_rate", "1e-3", *previous)
+        assert [row["step"] for row in rows] == [0, 1, 2, 3]
+        assert all({loss, "time/step", "tokens/computed", "optim/grad_norm"} <= row.keys() for row in rows[1:])
+        assert "eval/accuracy" in rows[0] and "eval/loss" in rows[0] and "eval/accuracy" in rows[-1]
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1 = ?"}], add_generation_prompt=True)
+        assert model(torch.tensor([prompt["input_ids"]])).logits.isfinite().all()
+        assert {"config.yaml", "provenance.json"} <= {p.name for p in folder.iterdir()}
+    assert rows[1]["policy/mismatch_max"] < 1e-4  # sampler and trainer are the same weights
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_resumed_run_ends_in_the_same_bytes(loop, tmp_path):
+    """Five steps in one go; three, a checkpoint, a new start, two more. Dropout on, LoRA, so that every RNG counts."""
+    lora = [] if loop == "sft" else ["--lora_r", "4", "--lora_dropout", "0.2", "--merge_weights"]
+    options = ["--eval_reward", "exact_answer", "--lr_scheduler_type", "constant", "--save_steps", "3", *lora]
+    run(loop, tmp_path / "whole", "--max_steps", "5", *options)
+    run(loop, tmp_path / "parts", "--max_steps", "3", *options)
+    rows = run(loop, tmp_path / "parts", "--max_steps", "5", "--resume_from", "latest", *options)
+    assert all(row["optim/grad_norm"] > 0 for row in rows[1:])
+    whole, parts = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+
+
+def test_running_with_the_resolved_config_reproduces_the_run(tmp_path):
+    first = run("sft", tmp_path / "a", "--max_steps", "2")
+    AcceleratorState._reset_state(True)
+    config = load_config(
+        sft.Config, ["--config", str(tmp_path / "a/config.yaml"), "--output_dir", str(tmp_path / "b")], prog="sft"
+    )
+    sft.main(config)
+    rows = [json.loads(line) for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss/sft"] == first[-1]["loss/sft"]
+    name = "model/model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_qlora_trains_in_every_loop(loop, tmp_path):
+    """Real bitsandbytes: a 4-bit base, adapters exported, the base untouched."""
+    pytest.importorskip("bitsandbytes")
+    run("sft", tmp_path / "base", "--max_steps", "1")
+    model = ["--model_id", str(tmp_path / "base/model"), "--from_scratch", "false"]
+    rows = run(loop, tmp_path / loop, *model, "--max_steps", "2", "--lora_r", "4", "--load_in_4bit")
+    assert all(row["optim/grad_norm"] > 0 for row in rows[1:])
+    adapter = load_file(tmp_path / loop / "model/adapter_model.safetensors")
+    assert len(adapter) == 4 * 7 * 2  # layers x linear maps x (A, B)
+
+
+def test_a_reward_that_raises_counts_as_missing_and_all_missing_ends_the_run(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def sometimes(*, completions, **_):\n    if len(completions) > 12: raise KeyError('no such thing')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = ["--reward_weights", "1,1"]
+    with pytest.raises(RuntimeError, match="no such thing"):
+        run("grpo", tmp_path / "a", "--max_steps", "1", "--reward_functions", "mine:sometimes,format", *weights)
+
+
+def launch(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=HOUSE, capture_output=True, text=True, timeout=120)
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2_and_writes_nothing(tmp_path):
+    base = ["loops/grpo.py", "--config", "configs/grpo.yaml", "--output_dir", str(tmp_path / "run")]
+    base += ["--model_id", "data/quickstart/scratch"]
+    cases = [
+        (["--larning_rate", "1"], "learning_rate"),
+        (["--dataset_name", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["--model_id", str(tmp_path / "none")], "model_id"),
+    ]
+    for options, word in cases:
+        done = launch(*base, *options)
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert word in last and "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir"):
+        run("sft", tmp_path, "--max_steps", "1")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

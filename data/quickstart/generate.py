@@ -38,9 +38,10 @@ SEED = 20260
 SMALLEST, LARGEST = 100, 999  # operands, of equally many digits
 NUM_HELDOUT = 512
 NUM_SFT = 3072
-SHARE_AT_ONCE = 0.6  # of the SFT rows
+SHARE_AT_ONCE = 0.6  # of the SFT rows; above one half, so that the most likely completion answers at once
 NUM_PROMPTS = 3072
-NUM_PREFERENCES = 1024
+NUM_PREFERENCES = 1536
+SHARE_REJECTED_AT_ONCE = 0.75  # of the rejected completions; the others are worked, with a slip
 
 SLIPS = ("sum", "carry", "copy")
 Problem = tuple[int, int]
@@ -111,29 +112,35 @@ def draw_problems(count: int, random_numbers: random.Random) -> list[Problem]:
     return list(problems.values())
 
 
+def demonstration(problem: Problem, random_numbers: random.Random) -> dict:
+    """One SFT row, in either style."""
+    style = at_once if random_numbers.random() < SHARE_AT_ONCE else worked
+    return row(problem, completion=style(problem, "none", random_numbers))
+
+
+def preference(problem: Problem, random_numbers: random.Random) -> dict:
+    """One pair: right and worked against wrong in either style."""
+    style = at_once if random_numbers.random() < SHARE_REJECTED_AT_ONCE else worked
+    rejected = style(problem, random_numbers.choice(SLIPS), random_numbers)
+    return row(problem, chosen=worked(problem, "none", random_numbers), rejected=rejected)
+
+
 def build_rows() -> dict[str, list[dict]]:
-    """File name -> rows. No problem stands in two files, but for the held-out ones, which have preferences too."""
-    random_numbers = random.Random(SEED)
-    problems = iter(draw_problems(NUM_HELDOUT + NUM_SFT + NUM_PROMPTS + NUM_PREFERENCES, random_numbers))
+    """File name -> rows. No problem stands in two files, but for the held-out ones, which have preferences too.
+
+    Every file has random numbers of its own, so that a change to one leaves the others as they are.
+    """
+    problems = iter(draw_problems(NUM_HELDOUT + NUM_SFT + NUM_PROMPTS + NUM_PREFERENCES, random.Random(SEED)))
     heldout, sft, prompts, preferences = (
         list(islice(problems, count)) for count in (NUM_HELDOUT, NUM_SFT, NUM_PROMPTS, NUM_PREFERENCES)
     )
-
-    def demonstration(problem: Problem) -> dict:
-        style = at_once if random_numbers.random() < SHARE_AT_ONCE else worked
-        return row(problem, completion=style(problem, "none", random_numbers))
-
-    def preference(problem: Problem) -> dict:
-        style = at_once if random_numbers.random() < 0.5 else worked
-        rejected = style(problem, random_numbers.choice(SLIPS), random_numbers)
-        return row(problem, chosen=worked(problem, "none", random_numbers), rejected=rejected)
-
+    of_sft, of_preferences, of_heldout = (random.Random(SEED + number) for number in (1, 2, 3))
     return {
-        "sft_train.jsonl": [demonstration(problem) for problem in sft],
+        "sft_train.jsonl": [demonstration(problem, of_sft) for problem in sft],
         "train.jsonl": [row(problem) for problem in prompts],
-        "preferences_train.jsonl": [preference(problem) for problem in preferences],
-        "heldout.jsonl": [row(problem, completion=worked(problem, "none", random_numbers)) for problem in heldout],
-        "preferences_heldout.jsonl": [preference(problem) for problem in heldout],
+        "preferences_train.jsonl": [preference(problem, of_preferences) for problem in preferences],
+        "heldout.jsonl": [row(problem, completion=worked(problem, "none", of_heldout)) for problem in heldout],
+        "preferences_heldout.jsonl": [preference(problem, of_heldout) for problem in heldout],
     }
 
 

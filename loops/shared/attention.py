@@ -228,6 +228,8 @@ def packed_attention(
         raise ValueError(f"{type(module).__name__} uses a position bias or is not causal; set packing: false.")
     layout.calls += 1
     window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    if torch.is_autocast_enabled(query.device.type):  # fp32 norms leave queries and keys wider than autocast's dtype
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
 
     flash = flash_call() if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 else None

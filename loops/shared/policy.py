@@ -34,9 +34,11 @@ class _Head(nn.Linear):
     def forward(self, hidden, targets=None, temperature=1.0, softcap=None, scale=1.0):
         if targets is None:
             return super().forward(hidden)
-        return token_logprobs(
-            hidden, self.weight, targets, bias=self.bias, temperature=temperature, softcap=softcap, scale=scale
-        )
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(hidden.device.type):  # multiply in autocast's dtype, as a linear layer would
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return token_logprobs(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale)
 
 
 class _PackedForward:

@@ -176,7 +176,7 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     if accelerator.num_processes != asked:
         raise ValueError(
             f"the launcher asked for {asked} processes but this one runs alone; start with "
-            f"`accelerate launch --multi_cpu --num_processes {asked} loops/{loop}.py ...` (or --multi_gpu on GPUs)."
+            f"`accelerate launch --multi_gpu --num_processes {asked} loops/{loop}.py ...`, on CPUs too."
         )
     if config.fsdp and accelerator.num_processes > 1:
         raise ValueError("fsdp over several processes is not built yet; leave fsdp out to train with DDP.")
@@ -215,8 +215,8 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         folder=folder,
         report_to=config.report_to,
         run_name=config.run_name or folder.name,
-        project=config.mlflow_experiment_name,
-        mlflow_uri=config.mlflow_uri,
+        project=config.mlflow_experiment_name or "plumbline",
+        mlflow_uri=config.mlflow_uri or None,  # SageMaker's files leave it as an empty text
         config=settings,
         resume_step=read_manifest(checkpoint)["step"] if checkpoint else None,
         logging_steps=config.logging_steps,
@@ -225,6 +225,8 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     run = Run(config, accelerator, folder, tracker, checkpoint, card)
     if config.resume_from == "latest" and checkpoint is None:
         run.say(f"{folder} holds no checkpoint: starting anew")
+    if config.fsdp:
+        run.say("fsdp: one process has nothing to shard, so this run is not sharded")
     return run
 
 

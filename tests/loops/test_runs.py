@@ -135,3 +135,71 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="output_dir"):
         run("sft", tmp_path, "--max_steps", "1")
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_flat_args_yaml_of_a_sagemaker_project_runs_unchanged(loop, tmp_path, capfd):
+    """The keys that such a file has, spelled as there, beside the data set; LoRA, merged at the end."""
+    run("sft", tmp_path / "base", "--max_steps", "1")
+    rows = {"sft": "sft_train", "dpo": "preferences_train", "grpo": "train"}[loop]
+    (tmp_path / "args.yaml").write_text(
+        f"""
+model_id: "{tmp_path / "base/model"}"
+dataset_name: data/quickstart/{rows}.jsonl
+output_dir: "{tmp_path / "run"}"
+mlflow_uri: ""
+mlflow_experiment_name: ""
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.1
+learning_rate: 2e-4
+num_train_epochs: 1
+max_steps: 2
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 4
+gradient_checkpointing: true
+bf16: true
+tf32: true
+merge_weights: true
+temperature: 0.9
+top_p: 0.9
+max_completion_length: 8
+fsdp: "full_shard auto_wrap offload"
+fsdp_config:
+  backward_prefetch: "backward_pre"
+  cpu_ram_efficient_loading: true
+  offload_params: true
+  sync_module_states: true
+  use_orig_params: false
+"""
+    )
+    AcceleratorState._reset_state(True)
+    LOOPS[loop].main(load_config(LOOPS[loop].Config, ["--config", str(tmp_path / "args.yaml")], prog=loop))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert "fsdp" in capfd.readouterr().out  # one process has nothing to shard, and the run says so
+
+
+@pytest.mark.parametrize("precision", [["--mixed_precision", "bf16"], ["--torch_dtype", "bfloat16"]])
+def test_bf16_trains_by_autocast_and_pure(precision, tmp_path):
+    rows = run("sft", tmp_path, "--max_steps", "8", "--learning_rate", "3e-3", *precision)
+    assert rows[-1]["loss/nll"] < rows[1]["loss/nll"] - 0.5
+
+
+def test_two_launched_processes_take_the_steps_of_one(tmp_path):
+    """`accelerate launch` with two processes over gloo, against one: the same losses and gradient norms."""
+    options = ["--config", "configs/sft.yaml", "--max_steps", "3", "--eval_reward", "null", "--max_eval_samples", "8"]
+    both = {}
+    for processes in (1, 2):
+        topology = ["--config_file", "launch/cpu_ddp.yaml"] if processes == 2 else []
+        launcher = ["-m", "accelerate.commands.launch", *topology, "loops/sft.py"]
+        size = ["--per_device_train_batch_size", str(16 // processes), "--output_dir", str(tmp_path / str(processes))]
+        done = launch(*launcher, *options, *size)
+        assert done.returncode == 0, done.stderr[-3000:]
+        text = (tmp_path / str(processes) / "metrics.jsonl").read_text()
+        both[processes] = [json.loads(line) for line in text.splitlines()]
+    for one, two in zip(both[1], both[2], strict=True):
+        for name in ("loss/sft", "optim/grad_norm", "eval/loss", "tokens/loss"):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-4), (name, one["step"])

@@ -8,11 +8,13 @@ Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7.
     accelerate launch --multi_gpu --num_processes 8 loops/dpo.py --config my.yaml           # many GPUs
 
 One step: take the step's pairs; pack each process's share into flat micro-batches, a pair's prompt once; then, per
-micro-batch, score both completions under reference and policy, add up the loss, backward; clip, step.
+micro-batch, score both completions, compare with the reference's scores (computed once, before training), add up the
+loss, backward; clip, step.
 
 Legend: P pairs, B = 2P sequences (chosen and rejected in turn), T tokens.
 """
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass, field
 
@@ -52,12 +54,18 @@ class Config:
     """Strength of the pull towards the reference: rewards are beta times log-ratios."""
     label_smoothing: float = 0.0
     """Share of preferences taken to be wrong (conservative DPO), from 0 to below 0.5."""
+    precompute_ref_log_probs: bool = True
+    """Score all pairs under the reference once, before training, and keep the numbers in the run folder; false: in
+    every step, with the reference model held in memory."""
     eval_reward: str | None = None
     """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
 
 
-def build_microbatches(rows, pairs, config, accelerator):
-    """Packed micro-batches of this process's share of the rows (numbers of pairs); as many on every process."""
+def build_microbatches(rows, pairs, frozen, config, accelerator):
+    """Packed micro-batches of this process's share of the rows (numbers of pairs); as many on every process.
+
+    Each is (batch, reference's log-probabilities [B] out of `frozen` [pairs, 2], or None where that is None).
+    """
     cuts = cut_step(
         [sum(map(len, (pairs[row].prompt_ids, pairs[row].chosen_ids, pairs[row].rejected_ids))) for row in rows],
         rank=accelerator.process_index,
@@ -65,15 +73,56 @@ def build_microbatches(rows, pairs, config, accelerator):
         max_rows=config.batch.per_device_train_batch_size,
         max_tokens=config.batch.max_tokens_per_batch,
     )
-    return [pack_pairs([pairs[rows[place]] for place in cut]).to(accelerator.device) for cut in cuts]
+    microbatches = []
+    for cut in cuts:
+        chosen = [rows[place] for place in cut]
+        batch = pack_pairs([pairs[row] for row in chosen]).to(accelerator.device)
+        microbatches.append((batch, None if frozen is None else frozen[chosen].flatten()))
+    return microbatches
 
 
-def score_batch(policy, reference, batch, config, accelerator, packing):
+@torch.no_grad()
+def reference_logps(reference, batch, accelerator, packing):
+    """Log-probability of each completion under the reference: [B], sums over its tokens."""
+    with accelerator.autocast(), reference.active() as model:
+        return score(model, batch, packing=packing).logprobs.sum(dim=1)
+
+
+def precompute(reference, pairs, file, config, accelerator, packing):
+    """`reference_logps` of all pairs, [pairs, 2], kept in `file` under a fingerprint of model settings and tokens.
+
+    A file that is there is taken if its fingerprint and, recomputed, its first pairs agree; otherwise ValueError.
+    """
+    model = {name: value for name, value in asdict(config.model).items() if name != "merge_weights"}
+    fingerprint = hashlib.sha256(repr((model, config.batch.packing, pairs)).encode()).hexdigest()
+    known = torch.load(file, weights_only=True) if file.exists() else None
+    wanted = range(len(pairs) if known is None else min(len(pairs), 4 * accelerator.num_processes))
+    table = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for batch, places in build_microbatches(
+        wanted, pairs, torch.arange(2 * len(pairs)).view(-1, 2), config, accelerator
+    ):
+        table.view(-1)[places] = reference_logps(reference, batch, accelerator, packing).double().cpu()
+    table = accelerator.reduce(table.to(accelerator.device), "sum")
+    if known is None:
+        if accelerator.is_main_process:
+            torch.save({"fingerprint": fingerprint, "logps": table.cpu()}, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        return table
+    stored = known["logps"].to(table)
+    if known["fingerprint"] != fingerprint or not torch.allclose(stored[wanted], table[wanted], rtol=1e-3, atol=1e-2):
+        raise ValueError(
+            f"{file} was computed from another model, other pairs or settings; delete it to compute it again."
+        )
+    return stored
+
+
+def score_batch(policy, reference, batch, frozen, config, accelerator, packing):
     """Loss and sums of metrics of one micro-batch, for training and evaluation alike."""
-    with torch.no_grad(), accelerator.autocast(), reference.active() as model:
-        frozen = score(model, batch, packing=packing).logprobs.sum(dim=1)  # [B] sums over the completion's tokens
+    if frozen is None:
+        frozen = reference_logps(reference, batch, accelerator, packing)
     scores = score(policy, batch, packing=packing)
     logps, lengths = scores.logprobs.sum(dim=1), batch.mask.sum(dim=1)  # [B], [B]
+    frozen = frozen.to(logps)
     loss, terms = dpo_loss(
         logps[0::2],  # [P]
         logps[1::2],
@@ -99,8 +148,8 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
     denominator: pairs of the whole step, over all processes.
     """
     sums = {}
-    for batch in microbatches:
-        loss, terms = score_batch(policy, reference, batch, config, accelerator, packing)
+    for batch, frozen in microbatches:
+        loss, terms = score_batch(policy, reference, batch, frozen, config, accelerator, packing)
         accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
         add_sums(sums, terms)
     sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
@@ -120,13 +169,13 @@ def step_metrics(total):
 
 
 @torch.no_grad()
-def evaluate(policy, reference, engine, pairs, prompts, judges, config, accelerator, packing):
+def evaluate(policy, reference, frozen, engine, pairs, prompts, judges, config, accelerator, packing):
     """Loss and reward accuracy on the evaluation pairs and, where a judge is given, accuracy of greedy completions."""
     began = time.perf_counter()
     policy.eval()
     sums = {}
-    for batch in build_microbatches(range(len(pairs)), pairs, config, accelerator):
-        add_sums(sums, score_batch(policy, reference, batch, config, accelerator, packing)[1])
+    for batch, logps in build_microbatches(range(len(pairs)), pairs, frozen, config, accelerator):
+        add_sums(sums, score_batch(policy, reference, batch, logps, config, accelerator, packing)[1])
     policy.train()
     total = reduce_sums(accelerator, sums)
     metrics = greedy_evaluation(engine, prompts, judges, sampling=config.rollout.sampling(), accelerator=accelerator)
@@ -164,14 +213,20 @@ def main(config: Config) -> None:
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = accelerator.prepare(policy, optimizer)
     seed_process(config.run.seed, accelerator.process_index)
+    frozen = eval_frozen = None
+    if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
+        frozen = precompute(reference, pairs, run.folder / "reference_train.pt", config, accelerator, packing)
+        eval_frozen = precompute(reference, eval_pairs, run.folder / "reference_eval.pt", config, accelerator, packing)
+        reference = None  # a copy's memory is free again
     start = run.load(policy, optimizer, scheduler, total_steps)
+    evaluation = (reference, eval_frozen, engine, eval_pairs, eval_prompts, judges, config, accelerator, packing)
     if start == 0 and eval_pairs:
-        run.log(evaluate(policy, reference, engine, eval_pairs, eval_prompts, judges, config, accelerator, packing), 0)
+        run.log(evaluate(policy, *evaluation), 0)
 
     for step in range(start, total_steps):
         began = time.perf_counter()
         rows = rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=config.run.seed)
-        microbatches = build_microbatches(rows, pairs, config, accelerator)
+        microbatches = build_microbatches(rows, pairs, frozen, config, accelerator)
         sums = train_step(
             policy, reference, optimizer, scheduler, microbatches, len(rows), config, accelerator, packing
         )
@@ -180,9 +235,7 @@ def main(config: Config) -> None:
 
         done, last = step + 1, step + 1 == total_steps
         if eval_pairs and run.due(done, config.run.eval_steps, last):
-            metrics |= evaluate(
-                policy, reference, engine, eval_pairs, eval_prompts, judges, config, accelerator, packing
-            )
+            metrics |= evaluate(policy, *evaluation)
         run.log(metrics, done)
         if config.run.save_steps and run.due(done, config.run.save_steps, last):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)

@@ -43,7 +43,7 @@ NUM_PROMPTS = 3072
 NUM_PREFERENCES = 1536
 SHARE_REJECTED_AT_ONCE = 0.75  # of the rejected completions; the others are worked, with a slip
 
-SLIPS = ("sum", "carry", "copy")
+SLIPS = ("sum", "carry")
 Problem = tuple[int, int]
 
 
@@ -55,33 +55,27 @@ def columns_of(problem: Problem) -> list[tuple[int, int]]:
 def work_out(problem: Problem, slip: str, random_numbers: random.Random) -> tuple[str, str]:
     """The column sums, units first, and the answer that they give, with the named slip in one column (or none).
 
-    A slip is followed through: `sum` is a column's sum off by one or two, `carry` a carry forgotten or invented, `copy`
-    a digit of the answer copied wrong.
+    A slip is followed through to a wrong answer: `sum` is a column's sum off by one or two, `carry` a carry forgotten
+    or invented.
     """
     columns = columns_of(problem)
-    slipped = random_numbers.randrange(1 if slip == "carry" else 0, len(columns)) if slip in ("sum", "carry") else None
+    slipped = None if slip == "none" else random_numbers.randrange(1 if slip == "carry" else 0, len(columns))
     steps, digits, carry = [], "", 0
     for place, (a, b) in enumerate(columns):
         if slip == "carry" and place == slipped:
             carry = 1 - carry
         total = a + b + carry
         if slip == "sum" and place == slipped:
-            total = off_by_a_little(total, 0, 19, random_numbers)
+            total = off_by_a_little(total, random_numbers)
         steps.append(f"{a}+{b}" + ("+1" if carry else "") + f"={total}")
         carry, digit = divmod(total, 10)
         digits = str(digit) + digits
-    answer = str(int(str(carry) + digits))
-    if slip == "copy":
-        place = random_numbers.randrange(len(answer))
-        digit = off_by_a_little(int(answer[place]), 0 if place else 1, 9, random_numbers)
-        answer = answer[:place] + str(digit) + answer[place + 1 :]
-    return " ".join(steps), answer
+    return " ".join(steps), str(int(str(carry) + digits))
 
 
-def off_by_a_little(number: int, smallest: int, largest: int, random_numbers: random.Random) -> int:
-    """`number` plus or minus 1 or 2, between `smallest` and `largest`."""
-    near = [number + change for change in (-2, -1, 1, 2) if smallest <= number + change <= largest]
-    return random_numbers.choice(near)
+def off_by_a_little(total: int, random_numbers: random.Random) -> int:
+    """The sum of a column plus or minus 1 or 2, between 0 and 19."""
+    return random_numbers.choice([total + change for change in (-2, -1, 1, 2) if 0 <= total + change <= 19])
 
 
 def worked(problem: Problem, slip: str, random_numbers: random.Random) -> str:

@@ -63,9 +63,7 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
     write_lines(tmp_path / "train-00001.jsonl", [{"text": "b"}])
     write_lines(tmp_path / "preferences_train.jsonl", [{"text": "other"}])
     write_lines(tmp_path / "val.jsonl", [{"text": "v"}])
-    config = DataConfig(
-        dataset_name=str(tmp_path), eval_dataset_name=str(tmp_path), eval_dataset_split="validation"
-    )
+    config = DataConfig(dataset_name=str(tmp_path), eval_dataset_name=str(tmp_path), eval_dataset_split="validation")
     assert load_rows(config, seed=0) == ([{"text": "a"}, {"text": "b"}], [{"text": "v"}])
     with pytest.raises(ValueError, match="no files of split test .* it has train, validation"):
         train_rows(dataset_name=str(tmp_path), dataset_split="test")

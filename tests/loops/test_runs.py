@@ -1,4 +1,4 @@
-"""The loops from end to end on the quickstart's rows: they run, resume to the same bytes, export, and refuse bad input."""
+"""The loops from end to end on the quickstart's rows: they run, resume to the same bytes, export, refuse bad input."""
 
 import json
 import subprocess
@@ -203,3 +203,19 @@ def test_two_launched_processes_take_the_steps_of_one(tmp_path):
         for name in ("loss/sft", "optim/grad_norm", "eval/loss", "tokens/loss"):
             if name in one:
                 assert two[name] == pytest.approx(one[name], rel=1e-4), (name, one["step"])
+
+
+def test_reference_scores_computed_once_are_those_of_every_step(tmp_path):
+    """The same run with the reference scored before training and in every step; then a stale file is refused."""
+    rows = {}
+    for flag in ("true", "false"):
+        options = ["--max_steps", "3", "--precompute_ref_log_probs", flag, "--max_train_samples", "32"]
+        rows[flag] = run("dpo", tmp_path / flag, *options)
+    for once, each in zip(rows["true"], rows["false"], strict=True):
+        for name in {"loss/dpo", "reward/margin", "eval/loss"} & once.keys():
+            assert once[name] == pytest.approx(each[name], abs=2e-5)
+    file = tmp_path / "true/reference_train.pt"
+    known = torch.load(file, weights_only=True)
+    torch.save({**known, "logps": known["logps"] + 1}, file)
+    with pytest.raises(ValueError, match="reference_train.pt"):
+        run("dpo", tmp_path / "true", "--max_steps", "4", "--max_train_samples", "32", "--resume_from", "latest")

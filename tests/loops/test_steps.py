@@ -60,7 +60,7 @@ def one_step(loop: str, accelerator, *, max_rows: int = 8, max_tokens: int = 0, 
         sums = sft.train_step(wrapped, *common, micro, count, config, accelerator, packing)
     elif loop == "dpo":
         pairs = [Pair(draw(g, 1, 9), draw(g, 1, 20), draw(g, 1, 20)) for _ in range(8)]
-        micro = dpo.build_microbatches(range(8), pairs, config, accelerator)
+        micro = dpo.build_microbatches(range(8), pairs, None, config, accelerator)
         sums = dpo.train_step(wrapped, reference, *common, micro, 8, config, accelerator, packing)
     else:
         config = replace(config, rollout=RolloutConfig(num_generations=4, max_completion_length=20))

@@ -202,7 +202,11 @@ def main(config: Config) -> None:
     policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
     run.say(parameter_line(policy))
     packing = choose_packing(
-        policy, pack_pairs(pairs[:2]).to(accelerator.device), wanted=config.batch.packing, say=run.say
+        policy,
+        pack_pairs(pairs[:2]).to(accelerator.device),
+        wanted=config.batch.packing,
+        compile=config.model.compile,
+        say=run.say,
     )
     reference = build_reference(policy)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)

@@ -245,7 +245,9 @@ def main(config: Config) -> None:
     run.say(parameter_line(policy))
     ids = [prompt.prompt_ids for prompt in prompts[:2] for _ in range(2)]
     first = pack_completions(ids, ids, [True] * len(ids))  # any real rows do
-    packing = choose_packing(policy, first.to(accelerator.device), wanted=config.batch.packing, say=run.say)
+    packing = choose_packing(
+        policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
+    )
     reference = build_reference(policy) if config.beta else None
     epoch_steps = steps_per_epoch(len(prompts), config.prompts(accelerator.num_processes))
     total_steps = config.run.total_steps(epoch_steps)

@@ -129,7 +129,11 @@ def main(config: Config) -> None:
     policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
     run.say(parameter_line(policy))
     packing = choose_packing(
-        policy, pack_examples(examples[:2]).to(accelerator.device), wanted=config.batch.packing, say=run.say
+        policy,
+        pack_examples(examples[:2]).to(accelerator.device),
+        wanted=config.batch.packing,
+        compile=config.model.compile,
+        say=run.say,
     )
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(examples), rows_per_step)

@@ -183,6 +183,7 @@ def flash_call() -> Callable | None:
     return with_torch
 
 
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # [1, Q, N, D]

@@ -106,6 +106,17 @@ def enable_packing(model: nn.Module) -> None:
     causal_lm.set_attn_implementation(register_attention())
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Regional `torch.compile`: each decoder layer of a packed model, with a symbolic number of tokens.
+
+    The packed attention stays outside (its layout is new in every batch), so one warm-up serves all batches. Sampling
+    and the plain forward run the same layers uncompiled.
+    """
+    lists = [module for module in base_model(model).get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
+        layer.compile(dynamic=True)
+
+
 def score(model: nn.Module, batch, *, temperature: float = 1.0, packing: bool = True) -> Scores:
     """Log-probability and entropy of every target of a `data.pack.PackedBatch` under softmax(logits / temperature).
 
@@ -114,7 +125,8 @@ def score(model: nn.Module, batch, *, temperature: float = 1.0, packing: bool = 
     if packing:
         logprobs, entropy = model(packed=batch, temperature=temperature)
     else:
-        logprobs, entropy = _plain_forward(model, batch, temperature)
+        with torch.compiler.set_stance("force_eager"):
+            logprobs, entropy = _plain_forward(model, batch, temperature)
     return Scores(batch.scatter(logprobs), batch.scatter(entropy))
 
 
@@ -163,11 +175,13 @@ def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[
     return difference, None
 
 
-def choose_packing(model: nn.Module, batch, *, wanted: bool, say) -> bool:
+def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = False, say) -> bool:
     """Prepare the model for packed batches and check them on a real one; False where the plain path must be taken.
 
-    say: function that prints one line. Raises ValueError as `self_check` does.
+    compile: `compile_layers` too. say: function that prints one line. Raises ValueError as `self_check` does.
     """
+    if compile and not wanted:
+        raise ValueError("compile: true works on packed batches only; set packing: true, or compile: false.")
     if not wanted:
         return False
     try:
@@ -175,6 +189,8 @@ def choose_packing(model: nn.Module, batch, *, wanted: bool, say) -> bool:
     except ValueError as error:
         say(f"packing: off, {error}")
         return False
+    if compile:
+        compile_layers(model)
     dtype = max((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
     difference, reason = self_check(model, batch, compute_dtype=dtype)
     say(

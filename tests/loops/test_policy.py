@@ -9,11 +9,12 @@ from transformers import models as hf
 
 from data.chat import Example, Pair
 from data.pack import empty_batch, pack_examples, pack_groups, pack_pairs
-from loops.shared.policy import choose_packing, enable_packing, score, self_check
+from loops.shared.policy import choose_packing, compile_layers, enable_packing, score, self_check
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MOE = {
     "experts_implementation": "eager",
@@ -138,6 +139,26 @@ def test_an_empty_batch_gives_every_trained_weight_a_zero_gradient():
         model.zero_grad()
         score(model, empty_batch(), packing=packing).logprobs.sum().backward()
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_compiled_layers_give_the_same_gradients_and_compile_once():
+    """Batches of other sizes after the first compile nothing more; the plain path compiles nothing either."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    plain, model = (tiny("Qwen3Config", {}, dtype=torch.float32, num_hidden_layers=1) for _ in range(2))
+    for policy in (plain, model):
+        enable_packing(policy)
+    compile_layers(model)
+    graphs = []
+    for seed in range(4):
+        batch = pack_groups(groups(seed)[: 1 + seed % 3] * (1 + seed))
+        (_, expected), (_, compiled) = gradients(plain, batch, True), gradients(model, batch, True)
+        assert all((expected[k] - compiled[k]).norm() <= 1e-4 * expected[k].norm().clamp(min=1e-3) for k in expected)
+        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+    gradients(model, batch, False)  # the plain path runs them uncompiled
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
 
 
 def test_self_check_stops_a_model_that_disagrees():

@@ -277,12 +277,13 @@ class TransformersEngine:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside (no dropout, and no gradient checkpointing, which drops the cache); afterwards each
-    module's own mode."""
+    """Evaluation mode inside (no dropout, and no gradient checkpointing, which drops the cache), and no compiled layers
+    (a growing cache would compile them again and again); afterwards each module's own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -51,7 +51,7 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Job:
-    """One loop on one workload. The rows file holds exactly one step's rows, so every step of either side takes them."""
+    """One loop on one workload. The rows file holds exactly one step's rows, so every step takes them all."""
 
     workload: str
     loop: str
@@ -76,7 +76,7 @@ def write_jobs(options, folder: Path) -> list[Job]:
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     model = folder / "model"
-    write_model(model, SHAPES[options.shape], tokenizer)
+    write_model(model, SHAPES[options.shape or "30m"], tokenizer)
     solved = read_rows(options.rows)
     completions = {"num_generations": options.generations}
     for workload in workloads[workloads[0] == "quickstart" :]:
@@ -163,7 +163,7 @@ def two_shot_prompts(solved: list[dict], tokenizer) -> list[dict]:
 
 def long_prompt(solved: list[dict], tokenizer, tokens: int) -> dict:
     """Solved problems, cut after `tokens` tokens (tokenising the text again may give a few more or less)."""
-    ids = tokenizer("".join(worked(row) for row in solved))["input_ids"]
+    ids = tokenizer("".join(worked(row) for row in solved), verbose=False)["input_ids"]
     return {"prompt": tokenizer.decode(ids[:tokens])}
 
 
@@ -186,6 +186,8 @@ def run_plumbline(job: Job, options, folder: Path) -> dict[str, float]:
         "torch_dtype": torch_dtype(options),
         "mixed_precision": "bf16" if options.device == "cuda" else "no",
     } | (LORA if options.lora else {"lora_r": 0})
+    if job.loop == "dpo":
+        settings["precompute_ref_log_probs"] = False  # the reference is part of every step, on both sides
     if job.loop == "grpo":
         settings |= {
             "num_generations": job.num_generations,
@@ -343,7 +345,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU cores of either side")
     parser.add_argument("--pairs", type=int, default=2, help="runs of each side, in turn")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a run, after one that is not")
-    parser.add_argument("--shape", choices=list(SHAPES), default="30m", help="of the gsm8k and long-prompt model")
+    parser.add_argument("--shape", choices=list(SHAPES), help="of the model (default 30m; --mfu: every Qwen3)")
     parser.add_argument("--batch", type=int, default=8, help="rows a step of SFT and DPO")
     parser.add_argument("--prompts", type=int, default=4, help="prompts a step of gsm8k GRPO")
     parser.add_argument("--generations", type=int, default=8, help="completions a prompt of gsm8k and long-prompt")

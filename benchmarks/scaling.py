@@ -43,9 +43,10 @@ SHAPES = {
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, by what the device's name contains
 CAPTION = (
-    "FLOPs of a step = c N T + c V H K + 12 L d P: N weights of the layers' matrices, T tokens, c = 6 for full training "
-    "and 4 for LoRA (adapters add 6 a weight), V H the head on K trained tokens, d attention width, P pairs of a token "
-    "and one that it attends to. Nothing computed twice counts. MFU is that over seconds and the peak of dense bf16."
+    "FLOPs of a step = c N T + c V H K + 12 L d P: N weights of the layers' matrices, T tokens, c = 6 for full "
+    "training and 4 for LoRA (adapters add 6 a weight and token), V H the head on K trained tokens, L layers, d width "
+    "of all query heads, P pairs of a token and one that it attends to. Nothing that is computed twice counts twice. "
+    "MFU is that over seconds and the device's peak of dense bf16."
 )
 
 
@@ -66,8 +67,6 @@ def build_policy(shape: dict[str, Any], *, device: str, dtype: str, lora_r: int,
         from peft import LoraConfig, get_peft_model
 
         policy = get_peft_model(policy, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear"))
-        if checkpointing:
-            policy.enable_input_require_grads()
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     enable_packing(policy)
@@ -244,18 +243,19 @@ def run_point(settings: dict[str, Any]) -> dict[str, float] | None:
 
 def scaling_table(options) -> str:
     """GRPO update of 4 prompts of 256 tokens x 8 completions of 128, one of its shapes changed at a time."""
+    name = options.shape or "30m"
     base = {"prompts": 4, "prompt": 256, "completion": 128, "generations": 8, "vocabulary": None}
     changes = [("prompt", (1024, 2048)), ("completion", (256, 512)), ("generations", (2, 4, 16))]
     changes += [("vocabulary", (8192, 151_936))]
     points = [("base", base)] + [(f"{key} {v:,}", base | {key: v}) for key, values in changes for v in values]
     lines = [
-        f"GRPO update, {options.shape} shape, fp32 weights, 4 prompts of 256 tokens x 8 completions of 128 unless said:",
+        f"GRPO update, {name} shape, fp32 weights, 4 prompts of 256 tokens x 8 completions of 128, but for:",
         "",
         "| change | tokens computed | tokens trained | seconds | microseconds a computed token | peak GiB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for label, point in points:
-        shape = SHAPES[options.shape] | ({"vocab_size": point["vocabulary"]} if point["vocabulary"] else {})
+        shape = SHAPES[name] | ({"vocab_size": point["vocabulary"]} if point["vocabulary"] else {})
         settings = {"kind": "update", "device": options.device, "threads": options.threads, **point, "shape": shape}
         got = run_point(settings)
         if got is None:
@@ -277,7 +277,7 @@ def mfu_table(options) -> str:
         "| shape | weights | seconds | tokens a second | MFU | peak GiB | longest sequence that fits |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    shapes = [options.shape] if options.shape in ("tiny", "30m") and options.device == "cpu" else list(SHAPES)[2:]
+    shapes = [options.shape] if options.shape else list(SHAPES)[2:]
     for name in shapes:
         for label, dtype, lora_r in ways:
             way = common | {"shape": SHAPES[name], "dtype": dtype, "lora_r": lora_r}
@@ -294,7 +294,7 @@ def mfu_table(options) -> str:
             lines.append(f"| {name} | {label} | {speed} | {mfu} | {got['peak'] / 2**30:.1f} | {fits} |")
     lines += [
         "",
-        "Fused head (log-probabilities and entropies, forward and backward) of 8,192 tokens against its three products:",
+        "Fused head (log-probabilities and entropies, forward and backward) of 8,192 tokens against three products:",
         "",
         "| shape | dtype | fused, ms | bare products, ms | fused / bare | peak GiB (of both) |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -14,9 +14,8 @@ from pathlib import Path
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
-
 from reward import fingerprint
+from transformers import TrainerCallback
 
 
 class Clock(TrainerCallback):
@@ -81,19 +80,20 @@ def build_trainer(settings):
         "bf16": settings["device"] == "cuda",
         "gradient_checkpointing": settings["gradient_checkpointing"],
         "model_init_kwargs": {"dtype": settings["torch_dtype"]},
-    } | settings["extra"]
-    if job["loop"] == "sft":
-        trainer, config = trl.SFTTrainer, trl.SFTConfig(max_length=job["max_seq_length"], **common)
-    elif job["loop"] == "dpo":
-        trainer, config = trl.DPOTrainer, trl.DPOConfig(max_length=job["max_seq_length"], **common)
+    }
+    if job["loop"] == "grpo":
+        trainer, config = trl.GRPOTrainer, trl.GRPOConfig
+        common |= {name: job[name] for name in ("num_generations", "max_completion_length")}
     else:
-        lengths = {"num_generations": job["num_generations"], "max_completion_length": job["max_completion_length"]}
-        trainer, config = trl.GRPOTrainer, trl.GRPOConfig(**lengths, **common)
+        trainer, config = (trl.SFTTrainer, trl.SFTConfig) if job["loop"] == "sft" else (trl.DPOTrainer, trl.DPOConfig)
+        common["max_length"] = job["max_seq_length"]
+    if job["loop"] == "dpo":
+        common["precompute_ref_log_probs"] = False
     lora = LoraConfig(r=settings["lora_r"], lora_alpha=settings["lora_alpha"], target_modules="all-linear")
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     return trainer(
         model=job["model"],
-        args=config,
+        args=config(**common | settings["extra"]),
         train_dataset=Dataset.from_list(rows),
         peft_config=lora if settings["lora_r"] else None,
         **({"reward_funcs": fingerprint} if job["loop"] == "grpo" else {}),

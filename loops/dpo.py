@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from configs.loader import dump_config, load_config
-from data.chat import EncodeConfig, encode_pair, encode_prompt, encode_rows
+from data.chat import EncodeConfig, Pair, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.pack import BatchConfig, cut_step, pack_pairs, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
@@ -201,12 +201,9 @@ def main(config: Config) -> None:
     run.say(str(report))
     policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
     run.say(parameter_line(policy))
+    first = pack_pairs([Pair(p.prompt_ids[-32:], p.chosen_ids[:32], p.rejected_ids[:32]) for p in pairs[:2]])
     packing = choose_packing(
-        policy,
-        pack_pairs(pairs[:2]).to(accelerator.device),
-        wanted=config.batch.packing,
-        compile=config.model.compile,
-        say=run.say,
+        policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
     )
     reference = build_reference(policy)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)

@@ -243,8 +243,8 @@ def main(config: Config) -> None:
     run.say(str(report))
     policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
     run.say(parameter_line(policy))
-    ids = [prompt.prompt_ids for prompt in prompts[:2] for _ in range(2)]
-    first = pack_completions(ids, ids, [True] * len(ids))  # any real rows do
+    ids = [prompt.prompt_ids[-32:] for prompt in prompts[:2] for _ in range(2)]
+    first = pack_completions(ids, ids, [True] * len(ids))  # ends of real prompts, also in the completions' place
     packing = choose_packing(
         policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
     )

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from configs.loader import dump_config, load_config
-from data.chat import EncodeConfig, encode_example, encode_prompt, encode_rows
+from data.chat import EncodeConfig, Example, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.pack import BatchConfig, cut_step, pack_examples, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
@@ -128,12 +128,9 @@ def main(config: Config) -> None:
     run.say(str(report))
     policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
     run.say(parameter_line(policy))
+    first = pack_examples([Example(e.input_ids[-64:], e.is_target[-64:]) for e in examples[:2]])  # ends of real rows
     packing = choose_packing(
-        policy,
-        pack_examples(examples[:2]).to(accelerator.device),
-        wanted=config.batch.packing,
-        compile=config.model.compile,
-        say=run.say,
+        policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
     )
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(examples), rows_per_step)

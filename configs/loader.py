@@ -51,7 +51,7 @@ def load_config(config_class: type[ConfigType], argv: list[str] | None = None, *
         origin: dict[str, str] = {}
         for source, pairs in [*((path, read_file(path)) for path in files), (COMMAND_LINE, arguments)]:
             layer = _read_layer(_flatten(pairs, source, leaves), source, values, leaves, notes)
-            values = {**_without_replaced_rows(values, layer, leaves), **layer}
+            values = {**_without_replaced(values, layer, leaves), **layer}
             origin.update(dict.fromkeys(layer, source))
         config = _build(config_class, values, origin, leaves)
     except ValueError as error:
@@ -201,12 +201,20 @@ def _read_layer(
     return layer
 
 
-def _without_replaced_rows(below: Values, layer: Values, leaves: dict[str, Leaf]) -> Values:
-    """A layer that names a data set takes nothing about rows from the layers below: not their templates, columns,
-    splits or evaluation set. That is the whole section of `dataset_name`, and no key outside of it."""
-    if "dataset_name" not in layer:
-        return below
-    return {name: value for name, value in below.items() if leaves[name].section != leaves["dataset_name"].section}
+# A key given in a layer replaces, with it, what lower layers said of these: values that were chosen to go with the old.
+GO_WITH = {"learning_rate": ("min_learning_rate",), "reward_functions": ("reward_weights",)}
+
+
+def _without_replaced(below: Values, layer: Values, leaves: dict[str, Leaf]) -> Values:
+    """The lower layers' values that stay beside a layer's.
+
+    A layer that names a data set takes nothing about rows from below: not their templates, columns, splits or
+    evaluation set. That is the whole section of `dataset_name`, and no key outside of it. The same for `GO_WITH`.
+    """
+    replaced = {name for key, names in GO_WITH.items() if key in layer for name in names}
+    if "dataset_name" in layer:
+        replaced |= {name for name in below if leaves[name].section == leaves["dataset_name"].section}
+    return {name: value for name, value in below.items() if name not in replaced}
 
 
 def _build(

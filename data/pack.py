@@ -12,6 +12,7 @@ Legend: N tokens of the batch, K targets, B sequences (rows), T columns (target 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,6 +48,9 @@ class BatchConfig:
         for name in ("train_batch_size", "max_tokens_per_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 (off) or more.")
+
+        if self.max_tokens_per_batch and not self.packing:
+            raise ValueError("max_tokens_per_batch counts the tokens of packed batches; set packing: true, or 0 here.")
 
     def rows_per_step(self, num_processes: int) -> int:
         """Rows of one optimizer step over all processes."""
@@ -226,21 +230,42 @@ def empty_batch() -> PackedBatch:
     return builder.batch()
 
 
-def cut_microbatches(lengths: Sequence[int], *, max_rows: int, max_tokens: int = 0) -> list[range]:
+def cut_microbatches(
+    lengths: Sequence[int], *, max_rows: int, max_tokens: int = 0, prompts: Sequence[Sequence[int]] | None = None
+) -> list[range]:
     """Consecutive runs of rows: at most `max_rows` each, or, when `max_tokens` > 0, at most that many tokens.
 
-    A row longer than `max_tokens` stands alone. Rows keep their order, so the cut never decides which rows a step has.
+    prompts: what each row continues, counted once where neighbours of a run have the very same prompt object. A row
+    longer than `max_tokens` stands alone. Rows keep their order, so the cut never decides which rows a step has.
     """
     cuts, begin, tokens = [], 0, 0
     for i, length in enumerate(lengths):
-        full = tokens + length > max_tokens if max_tokens else i - begin >= max_rows
+        prompt = len(prompts[i]) if prompts else 0
+        shared = prompts is not None and i > begin and prompts[i] is prompts[i - 1]
+        added = length + (0 if shared else prompt)
+        full = tokens + added > max_tokens if max_tokens else i - begin >= max_rows
         if i > begin and full:
             cuts.append(range(begin, i))
-            begin, tokens = i, 0
-        tokens += length
+            begin, tokens, added = i, 0, length + prompt
+        tokens += added
     if begin < len(lengths):
         cuts.append(range(begin, len(lengths)))
     return cuts
+
+
+def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Rows in as few bins of `max_tokens` as best-fit decreasing finds: longest first, each into the fullest bin that
+    still has room. A longer row stands alone."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect.bisect_left(room, (lengths[row], 0))
+        free, number = room.pop(place) if place < len(room) else (max_tokens, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(row)
+        bisect.insort(room, (free - lengths[row], number))
+    return bins
 
 
 def cut_step(
@@ -250,7 +275,8 @@ def cut_step(
     cuts = []
     for process in range(num_processes):
         share = share_of_rank(lengths, rank=process, num_processes=num_processes)
-        runs = cut_microbatches([lengths[i] for i in share], max_rows=max_rows, max_tokens=max_tokens)
+        own = [lengths[i] for i in share]
+        runs = best_fit(own, max_tokens) if max_tokens else cut_microbatches(own, max_rows=max_rows)
         cuts.append([[share[i] for i in run] for run in runs])
     return cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
 

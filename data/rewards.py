@@ -88,7 +88,7 @@ class RewardResult:
 
     def raise_if_all_missing(self) -> None:
         """End the run where no row has a reward: the first failure's traceback, in a RuntimeError."""
-        if self.total and all(math.isnan(value) for value in self.total):
+        if all(math.isnan(value) for value in self.total):
             reason = self.failure or f"no reward function applies to any row ({', '.join(self.by_name)} returned None)"
             raise RuntimeError(f"all {len(self.total)} rewards are missing; the first failure was:\n{reason}")
 

@@ -60,6 +60,10 @@ class Config:
     eval_reward: str | None = None
     """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
 
+    def __post_init__(self) -> None:
+        settings = {"beta": self.beta, "loss_type": self.loss_type, "label_smoothing": self.label_smoothing}
+        dpo_loss(*torch.zeros(4, 1), **settings, chosen_lengths=torch.ones(1), rejected_lengths=torch.ones(1))
+
 
 def build_microbatches(rows, pairs, frozen, config, accelerator):
     """Packed micro-batches of this process's share of the rows (numbers of pairs); as many on every process.
@@ -94,7 +98,10 @@ def precompute(reference, pairs, file, config, accelerator, packing):
     A file that is there is taken if its fingerprint and, recomputed, its first pairs agree; otherwise ValueError.
     """
     model = {name: value for name, value in asdict(config.model).items() if name != "merge_weights"}
-    fingerprint = hashlib.sha256(repr((model, config.batch.packing, pairs)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((model, config.batch.packing)).encode())
+    for pair in pairs:
+        digest.update(repr(pair).encode())
+    fingerprint = digest.hexdigest()
     known = torch.load(file, weights_only=True) if file.exists() else None
     wanted = range(len(pairs) if known is None else min(len(pairs), 4 * accelerator.num_processes))
     table = torch.zeros(len(pairs), 2, dtype=torch.float64)
@@ -214,12 +221,15 @@ def main(config: Config) -> None:
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = accelerator.prepare(policy, optimizer)
     seed_process(config.run.seed, accelerator.process_index)
+    run.open(total_steps, rows=len(pairs), rows_per_step=rows_per_step)
     frozen = eval_frozen = None
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
+        began = time.perf_counter()
         frozen = precompute(reference, pairs, run.folder / "reference_train.pt", config, accelerator, packing)
         eval_frozen = precompute(reference, eval_pairs, run.folder / "reference_eval.pt", config, accelerator, packing)
+        run.pending["time/reference"] = time.perf_counter() - began
         reference = None  # a copy's memory is free again
-    start = run.load(policy, optimizer, scheduler, total_steps)
+    start = run.load(policy, optimizer, scheduler)
     evaluation = (reference, eval_frozen, engine, eval_pairs, eval_prompts, judges, config, accelerator, packing)
     if start == 0 and eval_pairs:
         run.log(evaluate(policy, *evaluation), 0)
@@ -240,7 +250,7 @@ def main(config: Config) -> None:
         run.log(metrics, done)
         if config.run.save_steps and run.due(done, config.run.save_steps, last):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
-    run.finish(policy, tokenizer, merge=config.model.merge_weights)
+    run.finish(policy, tokenizer, merge=config.model.exports_merged)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ then, per micro-batch, score the completions' tokens, add up the clipped loss, b
 Legend: B completions (row-major by prompt: rows p*G..p*G+G-1 answer prompt p), T tokens, P prompts, G generations.
 """
 
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 
@@ -28,7 +29,7 @@ from loops.shared.models import ModelConfig, build_policy, build_reference, buil
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
-from loops.shared.rollout.evaluate import greedy_evaluation
+from loops.shared.rollout.evaluate import check_sampler, greedy_evaluation
 from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, seed_process, start_run
 from losses.grpo import group_advantages, grpo_loss, loss_denominator
 
@@ -83,18 +84,19 @@ class Config:
             raise ValueError(
                 "num_iterations above 1 with top_p, top_k or min_p would bias the importance ratios; drop one of them."
             )
-        loss_denominator(
-            self.loss_type, num_tokens=1, num_sequences=1, max_completion_length=1
-        )  # refuses unknown names
+        group_advantages(torch.zeros(2), 2, scale=self.scale_rewards)  # these refuse what they do not know
+        self.loss(*torch.zeros(2, 1, 1), torch.zeros(1), torch.ones(1, 1), ref_logprobs=torch.zeros(1, 1))
+
+    def loss(self, logprobs, old_logprobs, advantages, mask, *, ref_logprobs):
+        """`losses.grpo.grpo_loss` with this config's settings; [B, T], [B, T], [B], [B, T], [B, T] or None."""
+        names = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "beta", "kl_estimator", "delta")
+        settings = {name: getattr(self, name) for name in names}
+        return grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, **settings)
 
     def prompts(self, num_processes: int) -> int:
-        """Prompts of one optimizer step over all processes."""
+        """Prompts of one optimizer step over all processes; whole groups, so completions are rounded up to them."""
         rows, generations = self.batch.rows_per_step(num_processes), self.rollout.num_generations
-        if not self.prompts_per_step and rows % generations:
-            raise ValueError(
-                f"a step of {rows} completions is no multiple of num_generations {generations}; change one of them."
-            )
-        return self.prompts_per_step or rows // generations
+        return self.prompts_per_step or -(-rows // generations)
 
 
 def sample_batch(step, prompts, engine, rewards, config, accelerator):
@@ -121,6 +123,8 @@ def sample_batch(step, prompts, engine, rewards, config, accelerator):
     everywhere = torch.tensor(sum(totals, []), dtype=torch.float64)
     if everywhere.isnan().all():
         result.raise_if_all_missing()
+    if result.failure and step == 0:
+        print(f"a reward failed; its rows count as missing:\n{result.failure}", file=sys.stderr)
     advantages = group_advantages(everywhere, num_generations, scale=config.scale_rewards).float()
     advantages = advantages.split([len(total) for total in totals])[accelerator.process_index]
 
@@ -150,9 +154,11 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
     """
     asked = [prompt.prompt_ids for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
     kept = [b for b in range(len(completions)) if advantages[b] != 0 or config.beta != 0]
-    lengths = [len(completions[b].token_ids) + len(asked[b]) // config.rollout.num_generations for b in kept]
     cuts = cut_microbatches(
-        lengths, max_rows=config.batch.per_device_train_batch_size, max_tokens=config.batch.max_tokens_per_batch
+        [len(completions[b].token_ids) for b in kept],
+        prompts=[asked[b] for b in kept],
+        max_rows=config.batch.per_device_train_batch_size,
+        max_tokens=config.batch.max_tokens_per_batch,
     )
     microbatches = []
     for number in range(max(1, *gather_object([len(cuts)]))):  # at least one, so that every process runs a forward
@@ -177,19 +183,8 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
             scores = score(policy, batch, temperature=temperature, packing=packing)
             if iteration == 0:  # nothing was updated since sampling: this pass scores the policy that sampled
                 old[number] = scores.logprobs.detach()
-            loss, terms = grpo_loss(
-                scores.logprobs,  # [B, T]
-                old[number],  # [B, T]
-                advantages,  # [B]
-                batch.mask,  # [B, T]
-                ref_logprobs=frozen.get(number),
-                loss_type=config.loss_type,
-                importance_sampling_level=config.importance_sampling_level,
-                epsilon=config.epsilon,
-                epsilon_high=config.epsilon_high,
-                beta=config.beta,
-                kl_estimator=config.kl_estimator,
-                delta=config.delta,
+            loss, terms = config.loss(
+                scores.logprobs, old[number], advantages, batch.mask, ref_logprobs=frozen.get(number)
             )
             accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
             gap = (old[number] - sampled)[batch.mask]
@@ -224,7 +219,9 @@ def evaluate(engine, prompts, judges, config, accelerator):
     """Accuracy and mean reward of greedy completions; the loss is what GRPO minimises, the negative mean reward."""
     began = time.perf_counter()
     metrics = greedy_evaluation(engine, prompts, judges, sampling=config.rollout.sampling(), accelerator=accelerator)
-    return metrics | {"eval/loss": -metrics["eval/reward"], "time/eval": time.perf_counter() - began}
+    if "eval/reward" in metrics:
+        metrics["eval/loss"] = -metrics["eval/reward"]
+    return metrics | {"time/eval": time.perf_counter() - began}
 
 
 def main(config: Config) -> None:
@@ -249,14 +246,16 @@ def main(config: Config) -> None:
         policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
     )
     reference = build_reference(policy) if config.beta else None
-    epoch_steps = steps_per_epoch(len(prompts), config.prompts(accelerator.num_processes))
+    rows_per_step = config.prompts(accelerator.num_processes)
+    epoch_steps = steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = build_optimizer(policy, config.optim)
     scheduler = build_schedule(optimizer, config.optim, total_steps * config.num_iterations)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     seed_process(config.run.seed, accelerator.process_index)
-    start = run.load(policy, optimizer, scheduler, total_steps)
+    run.open(total_steps, rows=len(prompts), rows_per_step=rows_per_step)
+    start = run.load(policy, optimizer, scheduler)
     if start == 0 and eval_prompts:
         run.log(evaluate(engine, eval_prompts, judges, config, accelerator), 0)
 
@@ -278,6 +277,8 @@ def main(config: Config) -> None:
         engine.sync(policy)
         sums["time/update"], sums["time/step"] = time.perf_counter() - updating, time.perf_counter() - began
         metrics = step_metrics(counts | reduce_sums(accelerator, sums))
+        if step == start:
+            check_sampler(metrics["policy/mismatch_max"], policy, accelerator)
 
         done, last = step + 1, step + 1 == total_steps
         if eval_prompts and run.due(done, config.run.eval_steps, last):
@@ -286,9 +287,11 @@ def main(config: Config) -> None:
         if config.run.save_steps and run.due(done, config.run.save_steps, last):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
         if config.run.log_completions_steps and run.due(done, config.run.log_completions_steps, last):
-            shown = zip([mine[0].text] * 4, completions, advantages.tolist(), strict=False)  # of the first group
+            shown = zip(
+                [prompt.text for prompt in mine[:1]] * 4, completions, advantages.tolist(), strict=False
+            )  # of the first group
             run.tracker.completions([{"prompt": p, "completion": c.text, "advantage": a} for p, c, a in shown], done)
-    run.finish(policy, tokenizer, merge=config.model.merge_weights)
+    run.finish(policy, tokenizer, merge=config.model.exports_merged)
 
 
 if __name__ == "__main__":

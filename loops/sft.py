@@ -47,6 +47,9 @@ class Config:
     eval_reward: str | None = None
     """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
 
+    def __post_init__(self) -> None:
+        sft_loss(torch.zeros(1, 1), torch.ones(1, 1), loss_type=self.loss_type)  # refuses what it does not know
+
 
 def build_microbatches(rows, examples, config, accelerator):
     """Packed micro-batches of this process's share of the rows (numbers of examples); as many on every process."""
@@ -140,7 +143,8 @@ def main(config: Config) -> None:
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = accelerator.prepare(policy, optimizer)
     seed_process(config.run.seed, accelerator.process_index)
-    start = run.load(policy, optimizer, scheduler, total_steps)
+    run.open(total_steps, rows=len(examples), rows_per_step=rows_per_step)
+    start = run.load(policy, optimizer, scheduler)
     if start == 0 and eval_examples:
         run.log(evaluate(policy, engine, eval_examples, eval_prompts, judges, config, accelerator, packing), 0)
 
@@ -159,7 +163,7 @@ def main(config: Config) -> None:
         run.log(metrics, done)
         if config.run.save_steps and run.due(done, config.run.save_steps, last):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
-    run.finish(policy, tokenizer, merge=config.model.merge_weights)
+    run.finish(policy, tokenizer, merge=config.model.exports_merged)
 
 
 if __name__ == "__main__":

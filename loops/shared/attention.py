@@ -28,6 +28,10 @@ NAME = "plumbline"
 WASTE = 1.5  # a bucket may compute this many times the query-key products that its segments need
 
 
+class NotPackable(ValueError):
+    """A model that packed batches do not fit, for the reason that its text gives."""
+
+
 @dataclass
 class Bucket:
     """Segments of like size, computed as one padded SDPA call. Padding points at token 0 and is masked."""
@@ -201,7 +205,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a packed batch ([1, N, Q, D]); without a `layout`, transformers' sdpa attention.
 
-    Raises ValueError, by name, for what a packed batch does not carry: position biases, bidirectional layers.
+    Raises NotPackable, by name, for what a packed batch does not carry: position biases, bidirectional layers.
     """
     if layout is None:
         if softcap is not None or s_aux is not None:
@@ -226,7 +230,7 @@ def packed_attention(
         or kwargs.get("is_causal") is False
         or not getattr(module, "is_causal", True)
     ):
-        raise ValueError(f"{type(module).__name__} uses a position bias or is not causal; set packing: false.")
+        raise NotPackable(f"{type(module).__name__} uses a position bias or is not causal")
     layout.calls += 1
     window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
     if torch.is_autocast_enabled(query.device.type):  # fp32 norms leave queries and keys wider than autocast's dtype

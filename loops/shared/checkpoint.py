@@ -150,7 +150,7 @@ def load_checkpoint(
     weights = load_file(path / WEIGHTS)
     saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     randomness = torch.load(path / random_file(accelerator.process_index), map_location="cpu", weights_only=True)
-    state = json.loads((path / STATE).read_text())
+    state = read_state(path)
 
     refuse_other_parameters(path, weights, parameters)
     names = name_groups(optimizer, parameters)
@@ -217,6 +217,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if found != size:
             raise ValueError(f"{path} is not a whole checkpoint: {name} has {found} bytes instead of {size}.")
     return manifest
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The loop's own state in a checkpoint, as `save_checkpoint` was given it."""
+    return json.loads((path / STATE).read_text())
 
 
 def whole_checkpoints(parent: Path) -> list[Path]:

@@ -58,6 +58,8 @@ class ModelConfig:
     fine-tuning, else bfloat16."""
     attn_implementation: str = "auto"
     """transformers' name (sdpa, eager, flash_attention_2, ...), or auto: flash-attn where installed, else sdpa."""
+    disable_dropout: bool = True
+    """Set the base model's own dropout to 0, so that scores do not depend on chance; adapters have `lora_dropout`."""
     compile: bool = False
     """Compile the decoder layers with `torch.compile` (a minute of warm-up; needs `packing`, not with 4 or 8 bits)."""
     gradient_checkpointing: bool = False
@@ -91,6 +93,11 @@ class ModelConfig:
     merge_weights: bool = False
     """Export one merged model instead of the adapter."""
 
+    @property
+    def exports_merged(self) -> bool:
+        """Whether the export is one whole model: asked for, or because an adapter's random base is kept nowhere."""
+        return self.merge_weights or self.from_scratch
+
     def __post_init__(self) -> None:
         def choose(key: str, allowed: tuple[str, ...]) -> None:
             if getattr(self, key) not in allowed:
@@ -120,11 +127,6 @@ class ModelConfig:
                 raise ValueError(f"lora_alpha is {self.lora_alpha}; with lora_r {self.lora_r} it must be above 0.")
             if not split_names(self.lora_target_modules):
                 raise ValueError(f"lora_target_modules is empty with lora_r {self.lora_r}; name modules or all-linear.")
-            if self.from_scratch and not self.merge_weights:
-                raise ValueError(
-                    f"from_scratch with lora_r {self.lora_r} would export an adapter without its random base; "
-                    "set lora_r: 0, or merge_weights: true."
-                )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability from 0 up to, not including, 1.")
         for key in ("load_in_4bit", "load_in_8bit"):
@@ -277,6 +279,8 @@ def build_policy(
         base = _build_base(config, source, device, for_fsdp)
         if tokenizer is not None:
             check_vocabulary(tokenizer, base)
+        if config.disable_dropout:
+            _without_dropout(base)
         policy: Any = base
         if source.adapter:
             policy = _continue_adapter(base, source.adapter, config)
@@ -431,6 +435,16 @@ def _build_base(config: ModelConfig, source: Source, device: torch.device, for_f
             raise ValueError(f"model_id: {source.base} is quantised, which lora_r 0 cannot train; set lora_r above 0.")
         return model
     return model if for_fsdp else model.to(device)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Dropout modules, and the rates that attention layers keep as numbers, to 0; the config stays as it was."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device | str) -> torch.dtype:

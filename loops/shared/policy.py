@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loops.shared.attention import Layout, register_attention
+from loops.shared.attention import Layout, NotPackable, register_attention
 from losses.logprobs import token_logprobs
 
 
@@ -47,19 +47,23 @@ class _PackedForward:
     def packed_forward(self, packed, temperature: float) -> tuple[Tensor, Tensor]:
         """(log-probabilities [K], entropies [K]) of the batch's targets."""
         layout = Layout(packed.segments, packed.input_ids.device)
-        out = self.get_decoder()(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            # a ready-made 4-d mask keeps transformers from building one; the packed attention does not look at it
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids.device),
-            use_cache=False,
-            layout=layout,
-        )
         layers = self.config.get_text_config().num_hidden_layers
-        if layout.calls < layers:
-            raise ValueError(
-                f"only {layout.calls} of the {layers} layers of {type(self).__name__} are packed attention"
+        reason = f"the layers of {type(self).__name__} are not all plain attention"
+        try:
+            out = self.get_decoder()(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                # a ready-made 4-d mask keeps transformers from building one; the packed attention does not look at it
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids.device),
+                use_cache=False,
+                layout=layout,
             )
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            if layout.calls >= layers or isinstance(error, NotPackable):
+                raise
+            raise NotPackable(f"{reason} ({error})") from error  # layers that stumbled over what packed attention takes
+        if layout.calls < layers:
+            raise NotPackable(reason)
         hidden = out[0][0].index_select(0, packed.predictors)  # [K, H]
         softcap, scale = head_scaling(self.config)
         return self.get_output_embeddings()(hidden, packed.targets, temperature, softcap, scale)
@@ -82,13 +86,15 @@ def base_model(model: nn.Module) -> nn.Module:
 def enable_packing(model: nn.Module) -> None:
     """Give a causal LM (or the one inside a PEFT model) the `packed=` forward and the packed attention, in place.
 
-    Raises ValueError where the model's parts do not fit; `packing: false` is the way out.
+    Raises NotPackable where the model's parts do not fit.
     """
     causal_lm = base_model(model)
+    if not causal_lm._can_set_attn_implementation():
+        raise NotPackable(f"{type(causal_lm).__name__} does not call transformers' attention interface")
     head = causal_lm.get_output_embeddings()
     linears = [m for m in ([] if head is None else head.modules()) if type(m) in (nn.Linear, _Head)]
     if not linears or any(hasattr(m, "lora_A") for m in head.modules()):
-        raise ValueError(f"the head of {type(causal_lm).__name__} is no plain linear layer; set packing: false.")
+        raise NotPackable(f"the head of {type(causal_lm).__name__} is no plain linear layer")
     for linear in linears:
         linear.__class__ = _Head
     if not isinstance(causal_lm, _PackedForward):
@@ -161,7 +167,7 @@ def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[
     try:
         packed = score(model, batch).logprobs
         plain = score(model, batch, packing=False).logprobs
-    except ValueError as error:
+    except NotPackable as error:
         return float("nan"), str(error)
     finally:
         model.train(was_training)
@@ -186,7 +192,7 @@ def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = Fal
         return False
     try:
         enable_packing(model)
-    except ValueError as error:
+    except NotPackable as error:
         say(f"packing: off, {error}")
         return False
     if compile:

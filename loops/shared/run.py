@@ -6,9 +6,11 @@ import atexit
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
-from loops.shared.checkpoint import find_checkpoint, load_checkpoint, read_manifest, save_checkpoint
+from loops.shared.checkpoint import find_checkpoint, load_checkpoint, read_manifest, read_state, save_checkpoint
 from loops.shared.tracking import SilentTracker, Tracker, start_tracking
 from loops.shared.weights import export_model
 
@@ -69,7 +71,7 @@ class RunConfig:
     fsdp_config: dict = field(default_factory=dict)
     """Further FSDP settings in transformers' spelling, read together with `fsdp`."""
     cpu_offload: bool = False
-    """Keep sharded parameters in host memory (needs `fsdp`)."""
+    """Keep sharded parameters in host memory."""
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in ("auto", "no", "bf16"):
@@ -81,12 +83,12 @@ class RunConfig:
             raise ValueError("logging_steps is 0; give 1 or more.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError("max_steps and num_train_epochs are both 0 or less; give one of them.")
-        if self.cpu_offload and not self.fsdp:
-            raise ValueError("cpu_offload needs fsdp; give fsdp: full_shard too.")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
-        return self.max_steps if self.max_steps > 0 else max(1, round(self.num_train_epochs * steps_per_epoch))
+        return (
+            self.max_steps if self.max_steps > 0 else max(1, math.ceil(self.num_train_epochs * steps_per_epoch - 1e-9))
+        )
 
 
 @dataclass
@@ -95,12 +97,15 @@ class Run:
 
     config: RunConfig
     accelerator: Accelerator
+    loop: str
+    resolved: str  # the whole config as YAML
+    settings: dict  # the same as a mapping
     folder: Path
-    tracker: Tracker | SilentTracker
     checkpoint: Path | None  # to resume from
-    card: dict  # what the model card tells
+    tracker: Tracker | SilentTracker = field(default_factory=SilentTracker)
+    identity: dict = field(default_factory=dict)  # what a checkpoint must agree on for its step to mean the same
     latest: dict[str, float] = field(default_factory=dict)  # newest value of each metric
-    save_seconds: float | None = None  # of a checkpoint written since the last row
+    pending: dict[str, float] = field(default_factory=dict)  # seconds of what happened since the last row
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal, from the main process."""
@@ -113,23 +118,70 @@ class Run:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Metrics of a step, to metrics.jsonl and the trackers; evaluations are also said."""
-        if self.save_seconds is not None:
-            metrics, self.save_seconds = metrics | {"time/save": self.save_seconds}, None
+        metrics, self.pending = metrics | self.pending, {}
         self.latest |= metrics
         self.tracker.log(metrics, step)
         self.tracker.progress(step, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
         if shown:
             self.say(f"step {step}: {shown}")
+        for name, value in metrics.items():
+            if name.startswith(("loss/", "optim/")) and not math.isfinite(value):
+                raise RuntimeError(f"{name} is {value} at step {step}: the run has diverged; nothing was exported.")
 
-    def load(self, policy: nn.Module, optimizer, scheduler, total_steps: int) -> int:
+    def open(self, total_steps: int, **sizes: int) -> None:
+        """Create the run folder, with the resolved config and provenance, and start the trackers.
+
+        Called when everything is built, so that bad input writes nothing. sizes: numbers that, with loop and seed, say
+        which rows a step has. Raises ValueError where the checkpoint to resume from is of another run.
+        """
+        self.identity = {"loop": self.loop, "seed": self.config.seed, **sizes}
+        step = None
+        if self.checkpoint:
+            step = read_manifest(self.checkpoint)["step"]
+            for name, value in self.identity.items():
+                known = read_state(self.checkpoint).get(name)
+                if known != value:
+                    raise ValueError(
+                        f"{self.checkpoint} has {name} {known} and this run {value}: it is of another run."
+                    )
+            if step > total_steps:
+                raise ValueError(f"{self.checkpoint} is at step {step}, beyond this run's {total_steps} (max_steps).")
+        elif self.config.resume_from == "latest":
+            self.say(f"{self.folder} holds no checkpoint: starting anew")
+        fresh = not self.folder.exists()
+        self.accelerator.wait_for_everyone()
+        try:
+            self.tracker = start_tracking(
+                self.accelerator,
+                folder=self.folder,
+                report_to=self.config.report_to,
+                run_name=self.config.run_name or self.folder.name,
+                project=self.config.mlflow_experiment_name or "plumbline",
+                mlflow_uri=self.config.mlflow_uri or None,  # SageMaker's files leave it as an empty text
+                config=self.settings,
+                resume_step=step,
+                logging_steps=self.config.logging_steps,
+                total_steps=total_steps,
+            )
+        except ValueError:
+            if fresh and self.accelerator.is_main_process:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        atexit.register(self.tracker.finish, ok=False)  # a run that ends early is marked as failed
+        if self.accelerator.is_main_process:
+            (self.folder / "config.yaml").write_text(self.resolved)
+            name = f"provenance-{self.checkpoint.name}.json" if self.checkpoint else "provenance.json"
+            text = json.dumps(_provenance(self.accelerator, self.config.seed), indent=1)
+            (self.folder / name).write_text(text + "\n")
+
+    def load(self, policy: nn.Module, optimizer, scheduler) -> int:
         """Put the checkpoint to resume from back, if there is one; returns the step to go on from."""
-        self.tracker.expect(total_steps)
         if self.checkpoint is None:
             return 0
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
         step = load_checkpoint(self.checkpoint, accelerator=self.accelerator, **objects)["step"]
-        self.say(f"resuming from {self.checkpoint}" if step < total_steps else f"{self.folder} is a finished run")
+        self.say(f"resuming from {self.checkpoint}")
         return step
 
     def save(self, policy: nn.Module, optimizer, scheduler, step: int, epoch: int) -> None:
@@ -142,15 +194,23 @@ class Run:
             optimizer=optimizer,
             scheduler=scheduler,
             step=step,
-            state={"step": step, "epoch": epoch},
+            state={"step": step, "epoch": epoch, **self.identity},
             keep=self.config.save_total_limit,
         )
-        self.save_seconds = time.perf_counter() - began
+        self.pending["time/save"] = time.perf_counter() - began
 
     def finish(self, policy: nn.Module, tokenizer, *, merge: bool) -> None:
         """Export the trained model to `model/` in the run folder, and close the trackers."""
         folder = self.folder / "model"
-        card = self.card | {"metrics": {k: v for k, v in self.latest.items() if k.startswith("eval/")}}
+        card = {
+            "base_model": self.settings["model"]["model_id"],
+            "loop": self.loop,
+            "dataset": self.settings["data"]["dataset_name"],
+            "command": "accelerate launch " + " ".join(sys.argv),
+            "settings": {key: value for part in ("optim", "batch") for key, value in self.settings[part].items()},
+            "versions": _versions(),
+            "metrics": {name: value for name, value in self.latest.items() if name.startswith("eval/")},
+        }
         export_model(self.accelerator.unwrap_model(policy), tokenizer, folder, merge=merge, card=card)
         self.accelerator.wait_for_everyone()
         atexit.unregister(self.tracker.finish)
@@ -159,12 +219,11 @@ class Run:
 
 
 def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) -> Run:
-    """Accelerator, seeds, run folder with provenance, trackers; call it before any weights are read.
+    """Accelerator and seeds; call it before any weights are read. It writes nothing: `Run.open` does.
 
-    loop: name of the loop; resolved: the whole config as YAML, written to the folder; settings: the same as a mapping,
-    for the trackers. Raises ValueError where the folder already holds a run and `resume_from` is none.
+    loop: name of the loop; resolved: the whole config as YAML; settings: the same as a mapping. Raises ValueError where
+    the folder already holds a run that is not to be resumed, and where the launcher's settings contradict the loop's.
     """
-    model_id = settings["model"]["model_id"]
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cpu = not torch.accelerator.is_available()
@@ -172,69 +231,57 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     if precision == "auto":
         precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1)
+    _check_launcher(config, accelerator, loop)
+    if on_cpu and accelerator.num_processes == 1:  # `accelerate launch` sets one thread a process
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    set_seed(config.seed)
+    _quieten(accelerator.is_main_process)
+
+    folder = Path(config.output_dir or "")
+    if not config.output_dir:
+        model_id = settings["model"]["model_id"]
+        model = Path(model_id).resolve().name if Path(model_id).exists() else model_id
+        folder = Path(config.results_dir, model, config.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(broadcast_object_list([str(folder)])[0])
+    checkpoint = find_checkpoint(folder, config.resume_from)
+    own = config.resume_from == "latest" or (checkpoint and checkpoint.resolve().parent.parent == folder.resolve())
+    if folder.exists() and any(folder.iterdir()) and not own:
+        raise ValueError(f"output_dir {folder} already holds files; give another output_dir, or resume_from: latest.")
+    run = Run(config, accelerator, loop, resolved, settings, folder, checkpoint)
+    if config.fsdp or config.cpu_offload:
+        run.say("fsdp: one process has nothing to shard, so this run is not sharded")
+    return run
+
+
+def _check_launcher(config: RunConfig, accelerator: Accelerator, loop: str) -> None:
+    """Raise ValueError where the launcher set what the loop sets itself, or started less than it was asked for."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise ValueError(
             f"the launcher asked for {asked} processes but this one runs alone; start with "
             f"`accelerate launch --multi_gpu --num_processes {asked} loops/{loop}.py ...`, on CPUs too."
         )
-    if config.fsdp and accelerator.num_processes > 1:
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError("gradient_accumulation_steps is set in the launcher; give it to the loop instead.")
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"the launcher asks for {kind}, which is not built yet; launch with --multi_gpu to train with DDP."
+        )
+    if (config.fsdp or config.cpu_offload) and accelerator.num_processes > 1:
         raise ValueError("fsdp over several processes is not built yet; leave fsdp out to train with DDP.")
-    if on_cpu and accelerator.num_processes == 1:  # `accelerate launch` sets one thread a process
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    set_seed(config.seed)
-    _quieten(accelerator.is_main_process)
-
-    name = config.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if config.output_dir:
-        folder = Path(config.output_dir)
-    else:
-        local = Path(model_id)
-        folder = Path(config.results_dir, local.resolve().name if local.exists() else model_id, name)
-    folder = Path(broadcast_object_list([str(folder)])[0])
-    if folder.exists() and any(folder.iterdir()) and config.resume_from == "none":
-        raise ValueError(f"output_dir {folder} already holds files; give another output_dir, or resume_from: latest.")
-    accelerator.wait_for_everyone()
-    checkpoint = find_checkpoint(folder, config.resume_from)
-    card = {
-        "base_model": model_id,
-        "loop": loop,
-        "dataset": settings["data"]["dataset_name"],
-        "command": "accelerate launch " + " ".join(sys.argv),
-        "settings": {key: value for section in ("optim", "batch") for key, value in settings[section].items()},
-        "versions": _versions(),
-    }
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(resolved)
-        name = f"provenance-{checkpoint.name}.json" if checkpoint else "provenance.json"
-        (folder / name).write_text(json.dumps(_provenance(accelerator, config.seed), indent=1) + "\n")
-    accelerator.wait_for_everyone()
-    tracker = start_tracking(
-        accelerator,
-        folder=folder,
-        report_to=config.report_to,
-        run_name=config.run_name or folder.name,
-        project=config.mlflow_experiment_name or "plumbline",
-        mlflow_uri=config.mlflow_uri or None,  # SageMaker's files leave it as an empty text
-        config=settings,
-        resume_step=read_manifest(checkpoint)["step"] if checkpoint else None,
-        logging_steps=config.logging_steps,
-    )
-    atexit.register(tracker.finish, ok=False)  # a run that ends early is marked as failed
-    run = Run(config, accelerator, folder, tracker, checkpoint, card)
-    if config.resume_from == "latest" and checkpoint is None:
-        run.say(f"{folder} holds no checkpoint: starting anew")
-    if config.fsdp:
-        run.say("fsdp: one process has nothing to shard, so this run is not sharded")
-    return run
 
 
 def add_sums(into: dict, terms: dict) -> None:
     """Add a micro-batch's detached sums to the step's; names that end in `_max` keep the larger value."""
     for name, value in terms.items():
         value = float(value)
-        into[name] = max(into.get(name, value), value) if name.endswith("_max") else into.get(name, 0.0) + value
+        into[name] = _larger(into.get(name, value), value) if name.endswith("_max") else into.get(name, 0.0) + value
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger of two numbers; not a number where one of them is not."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
@@ -246,7 +293,7 @@ def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
     for terms in gather_object([dict(sums)]):
         for name, value in terms.items():
             if name.endswith("_max") or name.startswith(("time/", "optim/")):
-                total[name] = max(total.get(name, float("-inf")), float(value))
+                total[name] = _larger(total.get(name, float(value)), float(value))
             else:
                 total[name] = total.get(name, 0.0) + float(value)
     return total
@@ -281,7 +328,6 @@ def _quieten(is_main: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional CPU kernels that it would fetch from the hub
     if not is_main:
         logging.getLogger("loops").setLevel(logging.ERROR)
 

@@ -515,6 +515,20 @@ def test_a_data_set_of_a_later_layer_replaces_all_about_rows(write):
     assert load("--config", file, "--max_eval_samples", "6").data.input_template == "{a}" != default.input_template
 
 
+def test_values_chosen_to_go_with_another_leave_with_it():
+    """The shipped GRPO file's floor belongs to its rate; weights belong to the reward functions they were given for."""
+    from loops.grpo import Config
+
+    shipped = ["--config", "configs/grpo.yaml"]
+    default = Config()
+    got = load_config(Config, [*shipped, "--learning_rate", "1e-6"], prog="grpo")
+    assert got.optim.min_learning_rate == default.optim.min_learning_rate
+    both = ["--learning_rate", "1e-5", "--min_learning_rate", "1e-6"]
+    assert load_config(Config, [*shipped, *both], prog="grpo").optim.min_learning_rate == 1e-6
+    weighted = ["--reward_functions", "exact_answer,format", "--reward_weights", "1,2"]
+    assert load_config(Config, [*shipped, *weighted], prog="grpo").reward.reward_weights == [1.0, 2.0]
+
+
 # Errors
 
 

@@ -6,6 +6,7 @@ import torch
 from data.chat import Example, Pair
 from data.pack import (
     BatchConfig,
+    best_fit,
     cut_microbatches,
     cut_step,
     empty_batch,
@@ -63,6 +64,19 @@ def test_a_token_budget_is_kept_and_a_longer_row_stands_alone():
     cuts = cut_microbatches([3, 4, 9, 2, 2, 2], max_rows=99, max_tokens=7)
     assert [list(c) for c in cuts] == [[0, 1], [2], [3, 4, 5]]
     assert [list(c) for c in cut_microbatches([1] * 5, max_rows=2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_token_budget_counts_a_shared_prompt_once_a_batch():
+    """Prompts of 4 with two completions of 3 each: 4+3+3 = 10, so a budget of 10 holds a group, and 9 cuts it."""
+    a, b = [1] * 4, [2] * 4
+    for budget, expected in ((10, [[0, 1], [2, 3]]), (9, [[0], [1], [2], [3]]), (20, [[0, 1, 2, 3]])):
+        cuts = cut_microbatches([3] * 4, max_rows=99, max_tokens=budget, prompts=[a, a, b, b])
+        assert [list(c) for c in cuts] == expected
+
+
+def test_best_fit_fills_the_fullest_bin_that_has_room():
+    """9 | 6 | 5 go to bins of 10; 4 fits beside 6 (room 4) and 5 (room 5): the fuller one; then 5 takes 3 and 2."""
+    assert best_fit([4, 9, 6, 5, 3, 2, 12], 10) == [[6], [1], [2, 0], [3, 4, 5]]
 
 
 def test_every_row_is_seen_once_an_epoch_and_the_order_changes():

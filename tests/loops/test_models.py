@@ -137,7 +137,6 @@ def export(model, folder: Path, *, merge: bool, model_id: str, card: dict | None
         (dict(modules_to_save="lm_head", lora_r=0), ("modules_to_save", "lora_r")),
         (dict(load_in_4bit=True, torch_dtype="float64"), ("load_in_4bit", "torch_dtype")),
         (dict(torch_dtype="float16", lora_r=0), ("torch_dtype", "lora_r")),
-        (dict(from_scratch=True), ("from_scratch", "lora_r", "merge_weights")),
         (dict(from_scratch=True, merge_weights=True, load_in_4bit=True), ("from_scratch", "load_in_4bit")),
         (dict(bnb_4bit_quant_type="int4"), ("bnb_4bit_quant_type", "nf4, fp4")),
         (dict(torch_dtype="half"), ("torch_dtype", "bfloat16")),
@@ -247,6 +246,17 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path, model_id):
     save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 11 weights of Qwen3ForCausalLM"):
         build(model_id)
+
+
+def test_dropout_of_the_base_is_off_unless_asked_for(tmp_path):
+    """GPT-2 drops a tenth by default; without dropout two forwards in training mode agree."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    for off in (True, False):
+        model = build(str(tmp_path), lora_r=0, disable_dropout=off)
+        assert model.training
+        assert torch.equal(model(TOKENS).logits, model(TOKENS).logits) == off
 
 
 def test_from_scratch_takes_the_shape_and_draws_from_the_seed(model_id):

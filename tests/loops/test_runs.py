@@ -23,6 +23,11 @@ def first_token_is_even(*, completion_ids, **_):
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
+def every_other(*, completions, **_):
+    """Does not apply to every second completion."""
+    return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+
 def run(loop: str, output_dir: Path, *options: str) -> list[dict]:
     """Run a loop's main in this process on its shipped config, cut short; returns the rows of metrics.jsonl."""
     AcceleratorState._reset_state(True)
@@ -100,14 +105,17 @@ def test_qlora_trains_in_every_loop(loop, tmp_path):
 
 
 def test_a_reward_that_raises_counts_as_missing_and_all_missing_ends_the_run(tmp_path, monkeypatch):
+    """Greedy evaluation sends 12 completions, a step 16: this reward fails in training, for all rows. The other one
+    does not apply to half of the rows, which are missing and not zero."""
     (tmp_path / "mine.py").write_text(
-        "def sometimes(*, completions, **_):\n    if len(completions) > 12: raise KeyError('no such thing')\n"
+        "def small(*, completions, **_):\n    if len(completions) > 12: raise KeyError('no such thing')\n"
         "    return [1.0] * len(completions)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    weights = ["--reward_weights", "1,1"]
     with pytest.raises(RuntimeError, match="no such thing"):
-        run("grpo", tmp_path / "a", "--max_steps", "1", "--reward_functions", "mine:sometimes,format", *weights)
+        run("grpo", tmp_path / "a", "--max_steps", "1", "--reward_functions", "mine:small")
+    rows = run("grpo", tmp_path / "b", "--max_steps", "2", "--reward_functions", "tests.loops.test_runs:every_other")
+    assert rows[1]["reward/every_other/missing"] == 8 and rows[1]["reward/mean"] == 1.0
 
 
 def launch(*words: str) -> subprocess.CompletedProcess:
@@ -219,3 +227,85 @@ def test_reference_scores_computed_once_are_those_of_every_step(tmp_path):
     torch.save({**known, "logps": known["logps"] + 1}, file)
     with pytest.raises(ValueError, match="reference_train.pt"):
         run("dpo", tmp_path / "true", "--max_steps", "4", "--max_train_samples", "32", "--resume_from", "latest")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_lora_can_be_asked_for_over_any_shipped_config(loop, tmp_path):
+    """Also from random weights, whose base is kept nowhere but in the export: merged then, without being asked."""
+    rows = run(loop, tmp_path, "--max_steps", "1", "--lora_r", "4", "--learning_rate", "1e-6")
+    assert rows[1]["optim/learning_rate"] <= 1e-6  # the shipped floor does not stand in the way
+    assert (tmp_path / "model/model.safetensors").exists()
+
+
+def test_a_step_holds_whole_groups_whatever_the_micro_batch(tmp_path):
+    """Micro-batches of 4 completions and groups of 8: one prompt a step, two micro-batches."""
+    rows = run("grpo", tmp_path, "--max_steps", "1", "--per_device_train_batch_size", "4")
+    assert rows[1]["rollout/completion_length"] <= 8 and rows[1]["tokens/completions"] <= 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("loop", "options", "word"),
+    [
+        ("sft", ["--loss_type", "nonsense"], "nonsense"),
+        ("dpo", ["--beta", "0"], "beta"),
+        ("dpo", ["--label_smoothing", "0.7"], "label_smoothing"),
+        ("grpo", ["--kl_estimator", "k9"], "kl_estimator"),
+        ("grpo", ["--scale_rewards", "foo"], "scale"),
+        ("grpo", ["--delta", "0.5"], "delta"),
+        ("grpo", ["--engine", "vllm"], "engine"),
+        ("sft", ["--report_to", "foo"], "foo"),
+        ("sft", ["--lora_r", "4", "--lora_target_modules", "nope"], "nope"),
+        ("sft", ["--packing", "false", "--max_tokens_per_batch", "64"], "max_tokens_per_batch"),
+        ("sft", ["--packing", "false", "--compile"], "packing"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_anything_is_written(loop, options, word, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        run(loop, tmp_path / "run", "--max_steps", "1", *options)
+    assert word in str(caught.value) + capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launchers_accumulation_is_refused(tmp_path, monkeypatch):
+    """accelerate would divide our gradients by it."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        run("sft", tmp_path / "run", "--max_steps", "1")
+
+
+def test_a_diverged_run_exports_nothing(tmp_path):
+    settings = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--lr_scheduler_type", "constant"]
+    with pytest.raises(RuntimeError, match="diverged|not finite"):
+        run("sft", tmp_path, "--max_steps", "6", "--eval_reward", "null", *settings)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    """Its step would mean other rows: another loop, seed or number of rows; and another run's folder stays whole."""
+    run("sft", tmp_path / "a", "--max_steps", "1", "--save_steps", "1")
+    again = ["--max_steps", "2", "--resume_from", "latest"]
+    for options in (["--seed", "7"], ["--max_train_samples", "64"]):
+        with pytest.raises(ValueError, match="of another run"):
+            run("sft", tmp_path / "a", *again, *options)
+    checkpoint = next((tmp_path / "a/checkpoints").iterdir())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir"):
+        run("sft", tmp_path / "b", "--max_steps", "2", "--resume_from", str(checkpoint))
+
+
+def test_state_space_models_train_but_are_not_sampled_from(tmp_path):
+    """Their state is not in past_key_values, so the engine would draw each token from the last one alone."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    shape = MambaConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=2, pad_token_id=0
+    )
+    MambaForCausalLM(shape).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained("data/quickstart/scratch").save_pretrained(tmp_path / "mamba")
+    model = ["--model_id", str(tmp_path / "mamba"), "--from_scratch", "false", "--max_steps", "1"]
+    rows = run("sft", tmp_path / "sft", *model, "--eval_reward", "null")
+    assert rows[1]["optim/grad_norm"] > 0
+    with pytest.raises(ValueError, match="past_key_values"):
+        run("grpo", tmp_path / "grpo", *model)

@@ -7,8 +7,29 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from loops.shared.rollout.contract import Completion, Engine, Sampling
+
+# How far the sampler's and the trainer's log-probability of one token may lie apart, by dtype of the weights.
+MISMATCH_LIMIT = {torch.float64: 0.01, torch.float32: 0.05}
+LOW_PRECISION_LIMIT = 2.0
+
+
+def check_sampler(mismatch: float, policy: nn.Module, accelerator: Accelerator) -> None:
+    """Raise RuntimeError where the first step's samples were scored otherwise than they were drawn.
+
+    mismatch: largest difference of a token's log-probability in nats. Not checked where dropout makes scores random.
+    """
+    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
+    limit = max(MISMATCH_LIMIT.get(p.dtype, LOW_PRECISION_LIMIT) for p in policy.parameters())
+    if accelerator.mixed_precision != "no":
+        limit = LOW_PRECISION_LIMIT
+    if mismatch > limit and not dropout:
+        raise RuntimeError(
+            f"sampler and trainer give one token log-probabilities {mismatch:.2g} nats apart (limit {limit}): the "
+            f"engine does not sample from {type(policy).__name__} as it is trained."
+        )
 
 
 def greedy_evaluation(

@@ -62,6 +62,11 @@ class TransformersEngine:
         causal_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         # Of the class: accelerate may have put a wrapper without names in front of the instance's.
         self._arguments = set(inspect.signature(type(causal_model).forward).parameters)
+        if "past_key_values" not in self._arguments:  # it would be swallowed, and each token drawn from the last alone
+            raise ValueError(
+                f"the transformers engine cannot sample from {type(causal_model).__name__}, which keeps its state "
+                "elsewhere than in past_key_values; choose another model_id, or set eval_reward: null in SFT and DPO."
+            )
         self._own_stop_token_ids = _own_stop_token_ids(causal_model, tokenizer)
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:

@@ -51,8 +51,16 @@ EXACT = {
     "SmolLM3Config": {},
     "Starcoder2Config": {"sliding_window": 5},
     "GptOssConfig": {**MOE, "sliding_window": 5},
+    "GPT2Config": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 64},
 }
-FALLS_BACK = {"StableLmConfig": {}, "MambaConfig": {"state_size": 4}, "BloomConfig": {"n_head": 4, "n_layer": 2}}
+FALLS_BACK = {
+    "JambaConfig": {},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"]},
+    "StableLmConfig": {},
+    "MambaConfig": {"state_size": 4},
+    "BloomConfig": {"n_head": 4, "n_layer": 2},
+}
 
 
 def tiny(name: str, extra: dict, dtype=torch.float64, **more):
@@ -96,7 +104,8 @@ def test_packed_groups_equal_plain_padding(name, only_float64):
     assert (packed.entropy - plain.entropy).abs().max() < limit
     assert packed_grads.keys() == plain_grads.keys()
     for key, expected in plain_grads.items():
-        assert (packed_grads[key] - expected).norm() <= limit * max(expected.norm(), 1e-6), key
+        # a key's bias moves no softmax: its gradient is rounding, 1e-16, on both sides
+        assert (packed_grads[key] - expected).norm() <= limit * max(expected.norm(), 1e-3), key
 
 
 @pytest.mark.parametrize("name", FALLS_BACK)

@@ -27,12 +27,3 @@ def keep_masked(values: Tensor, mask: Tensor) -> Tensor:
             f"the mask must have the shape of what it masks, but they are {tuple(mask.shape)} and {tuple(values.shape)}"
         )
     return torch.where(mask.bool(), at_least_float32(values), 0.0)
-
-
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `values` [B, T] over `mask` [B, T], a scalar in at least fp32.
-
-    It is a sum and never a mean, so sums of micro-batches add up to the sum of the batch. Raises ValueError when the
-    shapes differ.
-    """
-    return keep_masked(values, mask).sum()

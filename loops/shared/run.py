@@ -303,7 +303,8 @@ def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
 def one_sentence_errors(prog: str) -> Iterator[None]:
     """End with exit code 2 and one sentence for bad input; anything unexpected keeps its traceback.
 
-    Bad input is a ValueError or FileNotFoundError raised by this project's own code (not from inside a library).
+    Bad input is a ValueError or FileNotFoundError raised by this project's own code (not from inside a library) while
+    everything is built: once a step is on the stack, it is a mistake in the code.
     """
     try:
         yield
@@ -311,7 +312,10 @@ def one_sentence_errors(prog: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         house = Path(__file__).resolve().parents[2]
         ours = Path(frames[-1].filename).resolve()
-        if not any(ours.is_relative_to(house / room) for room in ("loops", "losses", "data", "configs", "launch")):
+        in_a_step = any(frame.name in ("sample_batch", "build_microbatches", "train_step") for frame in frames)
+        if in_a_step or not any(
+            ours.is_relative_to(house / room) for room in ("loops", "losses", "data", "configs", "launch")
+        ):
             raise
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -216,6 +216,12 @@ class Run:
         atexit.unregister(self.tracker.finish)
         self.tracker.finish(ok=True)
         self.say(f"model written to {folder}")
+        if self.accelerator.is_main_process:
+            rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+            for name in ("eval/loss", "eval/reward_accuracy", "eval/accuracy"):
+                values = [row[name] for row in rows if row.get(name) is not None]
+                if values:
+                    self.say(f"{name} {values[0]:.4g} before, {values[-1]:.4g} after")
 
 
 def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) -> Run:

@@ -59,7 +59,7 @@ class _PackedForward:
                 layout=layout,
             )
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            if layout.calls >= layers or isinstance(error, NotPackable):
+            if layout.calls >= layers or isinstance(error, (NotPackable, torch.OutOfMemoryError)):
                 raise
             raise NotPackable(f"{reason} ({error})") from error  # layers that stumbled over what packed attention takes
         if layout.calls < layers:

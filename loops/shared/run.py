@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
-from loops.shared.checkpoint import find_checkpoint, load_checkpoint, read_manifest, read_state, save_checkpoint
+from loops.shared.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from loops.shared.tracking import SilentTracker, Tracker, start_tracking
 from loops.shared.weights import export_model
 
@@ -138,12 +138,12 @@ class Run:
         self.identity = {"loop": self.loop, "seed": self.config.seed, **sizes}
         step = None
         if self.checkpoint:
-            step = read_manifest(self.checkpoint)["step"]
+            state = read_state(self.checkpoint)
+            step = state["step"]
             for name, value in self.identity.items():
-                known = read_state(self.checkpoint).get(name)
-                if known != value:
+                if state.get(name) != value:
                     raise ValueError(
-                        f"{self.checkpoint} has {name} {known} and this run {value}: it is of another run."
+                        f"{self.checkpoint} has {name} {state.get(name)} and this run {value}: it is of another run."
                     )
             if step > total_steps:
                 raise ValueError(f"{self.checkpoint} is at step {step}, beyond this run's {total_steps} (max_steps).")

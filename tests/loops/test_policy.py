@@ -170,6 +170,18 @@ def test_compiled_layers_give_the_same_gradients_and_compile_once():
     assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
 
 
+def test_running_out_of_memory_is_no_reason_to_leave_packing():
+    """The plain path needs more of it; the error must reach the user as what it is."""
+    model = tiny("Qwen3Config", {}, dtype=torch.float32)
+
+    def full(module, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[0].register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_packing(model, pack_groups(groups()), wanted=True, say=print)
+
+
 def test_self_check_stops_a_model_that_disagrees():
     """A head that scales its logits by a number that the config does not tell."""
     model = tiny("Qwen3Config", {}, dtype=torch.float32)

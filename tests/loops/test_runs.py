@@ -23,6 +23,17 @@ def first_token_is_even(*, completion_ids, **_):
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
+calls = []
+
+
+def fails_in_the_second_step(*, completions, completion_ids, **_):
+    """The evaluation before training is the first call."""
+    calls.append(1)
+    if len(calls) == 3:
+        raise KeyError("just once")
+    return first_token_is_even(completion_ids=completion_ids)
+
+
 def every_other(*, completions, **_):
     """Does not apply to every second completion."""
     return [None if i % 2 else 1.0 for i in range(len(completions))]
@@ -114,6 +125,11 @@ def test_a_reward_that_raises_counts_as_missing_and_all_missing_ends_the_run(tmp
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match="no such thing"):
         run("grpo", tmp_path / "a", "--max_steps", "1", "--reward_functions", "mine:small")
+    with pytest.warns(UserWarning, match="just once"):
+        once = ["--reward_functions", "tests.loops.test_runs:fails_in_the_second_step"]
+        rows = run("grpo", tmp_path / "c", "--max_steps", "3", *once)
+    name = "reward/fails_in_the_second_step/failed"
+    assert [row[name] for row in rows[1:]] == [0, 16, 0] and "reward/mean" not in rows[2]
     rows = run("grpo", tmp_path / "b", "--max_steps", "2", "--reward_functions", "tests.loops.test_runs:every_other")
     assert rows[1]["reward/every_other/missing"] == 8 and rows[1]["reward/mean"] == 1.0
 

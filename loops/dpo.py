@@ -30,7 +30,7 @@ from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, cli
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.evaluate import greedy_evaluation
-from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, seed_process, start_run
+from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
 from losses.dpo import dpo_loss
 
 PER_PAIR = ("loss/", "reward/", "policy/chosen", "policy/rejected")  # names of sums that become means over pairs
@@ -206,12 +206,12 @@ def main(config: Config) -> None:
     run = start_run(config.run, loop="dpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
     run.say(str(report))
-    policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
+    policy = build_policy(
+        config.model, tokenizer, seed=config.run.seed, device=accelerator.device, for_fsdp=run.sharded
+    )
     run.say(parameter_line(policy))
     first = pack_pairs([Pair(p.prompt_ids[-32:], p.chosen_ids[:32], p.rejected_ids[:32]) for p in pairs[:2]])
-    packing = choose_packing(
-        policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
-    )
+    packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
     reference = build_reference(policy)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(pairs), rows_per_step)
@@ -219,8 +219,7 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(policy, config.optim)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    seed_process(config.run.seed, accelerator.process_index)
+    policy, optimizer = run.prepare(policy, optimizer, reference)
     run.open(total_steps, rows=len(pairs), rows_per_step=rows_per_step)
     frozen = eval_frozen = None
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read

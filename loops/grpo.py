@@ -30,7 +30,7 @@ from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, cli
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.evaluate import check_sampler, greedy_evaluation
-from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, seed_process, start_run
+from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
 from losses.grpo import group_advantages, grpo_loss, loss_denominator
 
 PER_TOKEN = tuple(f"policy/{name}" for name in ("entropy", "mismatch_kl", "approx_kl", "kl", "clip_low", "clip_high"))
@@ -238,13 +238,13 @@ def main(config: Config) -> None:
     run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
     run.say(str(report))
-    policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
+    policy = build_policy(
+        config.model, tokenizer, seed=config.run.seed, device=accelerator.device, for_fsdp=run.sharded
+    )
     run.say(parameter_line(policy))
     ids = [prompt.prompt_ids[-32:] for prompt in prompts[:2] for _ in range(2)]
     first = pack_completions(ids, ids, [True] * len(ids))  # ends of real prompts, also in the completions' place
-    packing = choose_packing(
-        policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
-    )
+    packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
     reference = build_reference(policy) if config.beta else None
     rows_per_step = config.prompts(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(prompts), rows_per_step)
@@ -252,8 +252,7 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(policy, config.optim)
     scheduler = build_schedule(optimizer, config.optim, total_steps * config.num_iterations)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    seed_process(config.run.seed, accelerator.process_index)
+    policy, optimizer = run.prepare(policy, optimizer, reference)
     run.open(total_steps, rows=len(prompts), rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     if start == 0 and eval_prompts:

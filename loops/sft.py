@@ -26,7 +26,7 @@ from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, cli
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.evaluate import greedy_evaluation
-from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, seed_process, start_run
+from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
 from losses.sft import sft_loss
 
 
@@ -129,20 +129,19 @@ def main(config: Config) -> None:
     run = start_run(config.run, loop="sft", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
     run.say(str(report))
-    policy = build_policy(config.model, tokenizer, seed=config.run.seed, device=accelerator.device)
+    policy = build_policy(
+        config.model, tokenizer, seed=config.run.seed, device=accelerator.device, for_fsdp=run.sharded
+    )
     run.say(parameter_line(policy))
     first = pack_examples([Example(e.input_ids[-64:], e.is_target[-64:]) for e in examples[:2]])  # ends of real rows
-    packing = choose_packing(
-        policy, first.to(accelerator.device), wanted=config.batch.packing, compile=config.model.compile, say=run.say
-    )
+    packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(examples), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = build_optimizer(policy, config.optim)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    seed_process(config.run.seed, accelerator.process_index)
+    policy, optimizer = run.prepare(policy, optimizer)
     run.open(total_steps, rows=len(examples), rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     if start == 0 and eval_examples:

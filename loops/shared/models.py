@@ -274,6 +274,8 @@ def build_policy(
         )
     if config.load_in_8bit and for_fsdp:
         raise ValueError("load_in_8bit cannot be sharded by fsdp; use load_in_4bit.")
+    if config.load_in_4bit and for_fsdp and config.bnb_4bit_quant_storage == "uint8":
+        raise ValueError("bnb_4bit_quant_storage uint8 cannot be sharded by fsdp; set it to auto.")
 
     with _seeded(seed, device):
         base = _build_base(config, source, device, for_fsdp)
@@ -288,13 +290,21 @@ def build_policy(
             policy = _add_adapter(base, config)
 
     if config.gradient_checkpointing:
-        # Checkpoints without reentrance need no input that requires a gradient, so frozen embeddings stay frozen.
-        if hasattr(base, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(base)
     _steady_bitsandbytes(policy)
     return policy.train()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute the decoder layers' activations in backward.
+
+    Checkpoints without reentrance need no input that requires a gradient, so frozen embeddings stay frozen; and
+    transformers' own put no wrapper between a module and its name.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int, int]:
@@ -333,6 +343,7 @@ class Reference:
             yield self.model
             return
         policy: Any = self.model
+        reshard(policy)  # flags belong to the shards, and units left gathered would show other parameters
         was_training = policy.training
         # peft turns requires_grad of whole adapters on and off as it switches between them.
         flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
@@ -345,11 +356,21 @@ class Reference:
                 policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
                 yield policy
         finally:
+            reshard(policy)
             if self.kind == "adapter":
                 policy.set_adapter(ADAPTER)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             policy.train(was_training)
+
+
+def reshard(model: nn.Module) -> None:
+    """Back to the shards: after a forward without backward FSDP2 leaves its last units gathered. Inert elsewhere."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:

@@ -14,6 +14,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from loops.shared.attention import Layout, NotPackable, register_attention
@@ -184,7 +185,8 @@ def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[
 def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = False, say) -> bool:
     """Prepare the model for packed batches and check them on a real one; False where the plain path must be taken.
 
-    compile: `compile_layers` too. say: function that prints one line. Raises ValueError as `self_check` does.
+    Call before sharding, on every process. compile: `compile_layers` too. say: function that prints one line. Raises
+    ValueError as `self_check` does.
     """
     if compile and not wanted:
         raise ValueError("compile: true works on packed batches only; set packing: true, or compile: false.")
@@ -198,7 +200,12 @@ def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = Fal
     if compile:
         compile_layers(model)
     dtype = max((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
-    difference, reason = self_check(model, batch, compute_dtype=dtype)
+    difference, reason = float("nan"), None
+    device = next(model.parameters()).device
+    if device.type != "meta":  # with cpu_ram_efficient_loading only the first process of a machine has weights yet
+        difference, reason = self_check(model, batch.to(device), compute_dtype=dtype)
+    if torch.distributed.is_initialized():
+        (reason,) = broadcast_object_list([reason])
     say(
         f"packing: off, {reason}"
         if reason

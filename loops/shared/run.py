@@ -26,6 +26,16 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
 from loops.shared.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from loops.shared.models import Reference
+from loops.shared.sharding import (
+    Sharding,
+    build_accelerator,
+    is_sharded,
+    prepare,
+    read_launcher_sharding,
+    read_sharding,
+    sharding_line,
+)
 from loops.shared.tracking import SilentTracker, Tracker, start_tracking
 from loops.shared.weights import export_model
 
@@ -65,13 +75,15 @@ class RunConfig:
     mlflow_experiment_name: str = "plumbline"
     """MLflow experiment, and W&B project."""
     mixed_precision: str = "auto"
-    """`no`, `bf16` (autocast around the forward), or `auto`: bf16 on a GPU that has it, else no."""
+    """`no`, `bf16` (autocast around the forward; under fsdp bf16 parameters, and reductions and outputs in fp32), or
+    `auto`: bf16 on a GPU that has it, else no."""
     fsdp: str | dict = field(default_factory=dict)
-    """Sharding: a mapping of FSDP settings, or the flat string `full_shard auto_wrap offload`; empty means none."""
+    """Sharding over processes with FSDP2: the string `full_shard auto_wrap offload`, or a mapping (full_shard,
+    dp_replicate_size, forward_prefetch, ...: `loops/shared/sharding.py`); empty means none."""
     fsdp_config: dict = field(default_factory=dict)
     """Further FSDP settings in transformers' spelling, read together with `fsdp`."""
     cpu_offload: bool = False
-    """Keep sharded parameters in host memory."""
+    """Keep shards in host memory, and run the optimizer there; implies `fsdp: full_shard`."""
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in ("auto", "no", "bf16"):
@@ -83,6 +95,7 @@ class RunConfig:
             raise ValueError("logging_steps is 0; give 1 or more.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError("max_steps and num_train_epochs are both 0 or less; give one of them.")
+        read_sharding(self.fsdp, self.fsdp_config, self.cpu_offload)  # refuses what it does not know
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
@@ -102,6 +115,7 @@ class Run:
     settings: dict  # the same as a mapping
     folder: Path
     checkpoint: Path | None  # to resume from
+    sharding: Sharding | None = None
     tracker: Tracker | SilentTracker = field(default_factory=SilentTracker)
     identity: dict = field(default_factory=dict)  # what a checkpoint must agree on for its step to mean the same
     latest: dict[str, float] = field(default_factory=dict)  # newest value of each metric
@@ -128,6 +142,20 @@ class Run:
         for name, value in metrics.items():
             if name.startswith(("loss/", "optim/")) and not math.isfinite(value):
                 raise RuntimeError(f"{name} is {value} at step {step}: the run has diverged; nothing was exported.")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether models are split over processes."""
+        return is_sharded(self.accelerator)
+
+    def prepare(self, policy: nn.Module, optimizer, reference: Reference | None = None):
+        """(policy, optimizer) wrapped or sharded for this run's processes; from here on each has its own randomness."""
+        prepared = prepare(self.accelerator, policy, optimizer, reference=reference, sharding=self.sharding)
+        self.say(sharding_line(self.accelerator, policy, self.sharding))
+        for sentence in self.sharding.ignored if self.sharding else ():
+            self.say(f"fsdp: ignored {sentence}")
+        seed_process(self.config.seed, self.accelerator.process_index)
+        return prepared
 
     def open(self, total_steps: int, **sizes: int) -> None:
         """Create the run folder, with the resolved config and provenance, and start the trackers.
@@ -236,8 +264,17 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, gradient_accumulation_steps=1)
-    _check_launcher(config, accelerator, loop)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    sharding = _find_sharding(config, loop, processes)
+    accelerator = build_accelerator(
+        sharding,
+        precision=precision,
+        on_cpu=on_cpu,
+        processes=processes,
+        per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", processes)),
+        handlers=[],
+    )
+    _check_launcher(accelerator, loop, processes, sharding)
     if on_cpu and accelerator.num_processes == 1:  # `accelerate launch` sets one thread a process
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     set_seed(config.seed)
@@ -253,29 +290,58 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     own = config.resume_from == "latest" or (checkpoint and checkpoint.resolve().parent.parent == folder.resolve())
     if folder.exists() and any(folder.iterdir()) and not own:
         raise ValueError(f"output_dir {folder} already holds files; give another output_dir, or resume_from: latest.")
-    run = Run(config, accelerator, loop, resolved, settings, folder, checkpoint)
-    if config.fsdp or config.cpu_offload:
-        run.say("fsdp: one process has nothing to shard, so this run is not sharded")
-    return run
+    return Run(config, accelerator, loop, resolved, settings, folder, checkpoint, sharding)
 
 
-def _check_launcher(config: RunConfig, accelerator: Accelerator, loop: str) -> None:
-    """Raise ValueError where the launcher set what the loop sets itself, or started less than it was asked for."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
+def _find_sharding(config: RunConfig, loop: str, processes: int) -> Sharding | None:
+    """What the config or the launcher says about sharding; both at once, or something else than FSDP, is an error."""
+    launcher = read_launcher_sharding(os.environ)
+    own = read_sharding(config.fsdp, config.fsdp_config, config.cpu_offload)
+    if launcher and own:
+        raise ValueError("fsdp is set in the config and in the launcher's file; leave it in one of them.")
+    for name, word in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(name, "false").lower() == "true":
+            raise ValueError(f"the launcher asks for {word}; the loops shard with FSDP2: set fsdp: full_shard instead.")
+    asked = 1 if processes > 1 else _asked_processes()
+    if asked > 1:
         raise ValueError(
-            f"the launcher asked for {asked} processes but this one runs alone; start with "
-            f"`accelerate launch --multi_gpu --num_processes {asked} loops/{loop}.py ...`, on CPUs too."
+            f"the launcher was asked for {asked} processes and started one; start with `accelerate launch --multi_gpu "
+            f"--num_processes {asked} loops/{loop}.py ...` (on CPUs too), or with --num_processes 1."
+        )
+    return own or launcher
+
+
+def _asked_processes() -> int:
+    """Processes that the `accelerate launch` above this process was asked for; 1 where none can be seen.
+
+    With `--cpu`, or `use_cpu: true` in its file, it starts one process whatever the number, and tells it nothing.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")[:-1]
+    except OSError:  # no such file outside Linux
+        return 1
+    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+        return 1
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    arguments, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    if arguments.num_processes is not None:
+        return arguments.num_processes
+    file = arguments.config_file or (default_config_file if Path(default_config_file).is_file() else None)
+    return load_config_from_file(file).num_processes if file else 1
+
+
+def _check_launcher(accelerator: Accelerator, loop: str, processes: int, sharding: Sharding | None) -> None:
+    """Raise ValueError where the launcher set what the loop sets itself, or gave less than it was asked for."""
+    if accelerator.num_processes != processes:
+        raise ValueError(
+            f"the launcher asked for {processes} processes but this one runs alone; start with "
+            f"`accelerate launch --multi_gpu --num_processes {processes} loops/{loop}.py ...`, on CPUs too."
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("gradient_accumulation_steps is set in the launcher; give it to the loop instead.")
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"the launcher asks for {kind}, which is not built yet; launch with --multi_gpu to train with DDP."
-        )
-    if (config.fsdp or config.cpu_offload) and accelerator.num_processes > 1:
-        raise ValueError("fsdp over several processes is not built yet; leave fsdp out to train with DDP.")
+    assert is_sharded(accelerator) == (sharding is not None and processes > 1), accelerator.distributed_type
 
 
 def add_sums(into: dict, terms: dict) -> None:

@@ -21,6 +21,7 @@ from transformers import Cache
 from loops.shared.rollout.cache import PromptCache
 from loops.shared.rollout.contract import Completion, Sampling, SyncReport
 from loops.shared.rollout.sampling import choose_tokens, noise_keys, uniform_noise
+from loops.shared.sharding import gathered
 
 # Columns of keys and values, and of noise, made ahead of need.
 _ROOM = 128
@@ -95,8 +96,12 @@ class TransformersEngine:
             RuntimeError: the policy's log-probabilities are not finite.
         """
         self._check(prompts, n, sampling, prompt_numbers)
-        if not prompts:
-            return []
+        with gathered(self._model):  # all processes, those without prompts too
+            return self._sample(prompts, n, sampling, seed, prompt_numbers) if prompts else []
+
+    def _sample(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, prompt_numbers: list[int]
+    ) -> list[list[Completion]]:
         # Shortest first: prompts of one micro-batch, and of one generation batch, need little padding.
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
         distinct = {tuple(prompts[place]): None for place in order}

@@ -1,0 +1,367 @@
+"""FSDP2: what a config or a launcher asks for, as an accelerate plugin; preparing models; checking what came out.
+
+Shards are FSDP2's (`torch.distributed.fsdp.fully_shard`), made by accelerate: one unit per decoder layer, one for the
+embedding, one for final norm and head. Settings of FSDP1 are translated; what has no equivalent is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from loops.shared.models import checkpoint_activations
+
+if TYPE_CHECKING:
+    from loops.shared.models import Reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How parameters, gradients and optimizer state are split over processes."""
+
+    reshard_after_forward: bool = True
+    """Free gathered parameters after each layer's forward (FSDP1's full shard); False keeps them until backward
+    (shard grad op): fewer gathers, more memory."""
+    dp_replicate_size: int = 1
+    """Copies of the sharded model (hybrid sharding): shards within a group, gradients averaged over groups. 0 is one
+    copy per machine."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimizer state in host memory, and run the optimizer there."""
+    cpu_ram_efficient_loading: bool = False
+    """Read weights on one process of a machine only, and send the others their shards."""
+    forward_prefetch: bool = False
+    """Gather the next layer while this one computes, by an explicit order (backward always does: BACKWARD_PRE)."""
+    activation_checkpointing: bool = False
+    """Another place to say `gradient_checkpointing`."""
+    layer_classes: tuple[str, ...] = ()
+    """Classes of the units; empty: found from the model."""
+    ignored: tuple[str, ...] = ()
+    """Sentences on settings that were given and have no effect."""
+
+
+_STRATEGIES = {  # FSDP1's name or number -> (reshard_after_forward, hybrid), None for no sharding at all
+    "full_shard": (True, False),
+    "1": (True, False),
+    "shard_grad_op": (False, False),
+    "2": (False, False),
+    "no_shard": None,
+    "3": None,
+    "hybrid_shard": (True, True),
+    "4": (True, True),
+    "hybrid_shard_zero2": (False, True),
+    "5": (False, True),
+}
+_LAYER_KEYS = (
+    "layer_classes",
+    "transformer_layer_cls_to_wrap",
+    "transformer_cls_names_to_wrap",
+    "transformer_cls_to_wrap",
+)
+_FLAGS = {
+    "offload_params": "cpu_offload",
+    "cpu_offload": "cpu_offload",
+    "offload": "cpu_offload",
+    "cpu_ram_efficient_loading": "cpu_ram_efficient_loading",
+    "forward_prefetch": "forward_prefetch",
+    "activation_checkpointing": "activation_checkpointing",
+}
+_IGNORED = {  # settings of FSDP1, and of saving, without an equivalent -> what happens instead
+    "use_orig_params": "FSDP2 always has the original parameters",
+    "sync_module_states": "every process reads the same weights; see cpu_ram_efficient_loading",
+    "limit_all_gathers": "FSDP2 needs no limit",
+    "min_num_params": "the decoder layers are the units",
+    "state_dict_type": "checkpoints are always sharded and exports always whole",
+    "mixed_precision_policy": "mixed_precision says it: parameters in bf16, reductions and outputs in fp32",
+    "activation_checkpointing_offload": "activation_offloading is the loop's own setting",
+    "ignored_modules": "everything is sharded",
+    "xla": "there is no XLA path",
+}
+
+
+def read_sharding(fsdp: str | Mapping[str, Any], further: Mapping[str, Any], cpu_offload: bool) -> Sharding | None:
+    """The sharding that the settings mean, or None where they ask for none.
+
+    fsdp: a mapping of settings, or transformers' string such as `full_shard auto_wrap offload`; further: transformers'
+    `fsdp_config`. Keys may carry the prefix `fsdp_`, values are those of FSDP1 or FSDP2. Raises ValueError for an
+    unknown word, key or value.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(fsdp, Mapping):
+        given |= fsdp
+    else:
+        for word in str(fsdp or "").replace(",", " ").split():
+            if word.lower() in ("true", "auto_wrap", "fully_shard", "false"):
+                given |= {"auto_wrap_policy": "transformer_based_wrap"} if word.lower() != "false" else {}
+            elif word.lower() in _STRATEGIES:
+                given["sharding_strategy"] = word
+            elif word.lower() == "offload":
+                given["offload_params"] = True
+            else:
+                raise ValueError(
+                    f"fsdp says {word!r}; it knows full_shard, shard_grad_op, hybrid_shard, hybrid_shard_zero2, "
+                    "no_shard, auto_wrap and offload."
+                )
+    if not given and not cpu_offload:
+        if further:
+            raise ValueError("fsdp_config is set without fsdp; add `fsdp: full_shard` (or drop fsdp_config).")
+        return None
+    given = {key.lower().removeprefix("fsdp_"): value for key, value in {**given, **further}.items()}
+    values: dict[str, Any] = {"cpu_offload": cpu_offload}
+    ignored: list[str] = []
+    for key, value in given.items():
+        text = str(value).strip().lower()
+        if value is None or key == "version":
+            if text == "1":
+                ignored.append("fsdp_version 1: sharding is FSDP2's")
+        elif key in ("sharding_strategy", "strategy") or (key == "reshard_after_forward" and text in _STRATEGIES):
+            if text not in _STRATEGIES:
+                raise ValueError(f"fsdp: {key} is {value!r}; choose one of {', '.join(list(_STRATEGIES)[::2])}.")
+            choice = _STRATEGIES[text]
+            if choice is None:
+                return None
+            values["reshard_after_forward"] = choice[0]
+            if choice[1]:
+                values.setdefault("dp_replicate_size", 0)
+        elif key == "reshard_after_forward":
+            values[key] = _flag(key, value)
+        elif key in _FLAGS:
+            values[_FLAGS[key]] = _flag(key, value) or values.get(_FLAGS[key], False)
+        elif key == "dp_replicate_size":
+            values[key] = int(value)
+        elif key in _LAYER_KEYS:
+            names = value.split(",") if isinstance(value, str) else list(value)
+            values["layer_classes"] = tuple(name.strip() for name in names if name.strip())
+        elif key == "auto_wrap_policy":
+            if text not in ("transformer_based_wrap", "true"):
+                ignored.append(f"auto_wrap_policy {value}: the decoder layers are the units")
+        elif key == "backward_prefetch":
+            if text not in ("backward_pre", "1"):
+                ignored.append(f"backward_prefetch {value}: FSDP2 gathers ahead in backward as BACKWARD_PRE does")
+        elif key in _IGNORED:
+            ignored.append(f"{key}: {_IGNORED[key]}")
+        else:
+            known = [
+                "reshard_after_forward",
+                "dp_replicate_size",
+                *_LAYER_KEYS,
+                *_FLAGS,
+                *_IGNORED,
+                "sharding_strategy",
+            ]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see the Sharding class in loops/shared/sharding.py."
+            raise ValueError(f"fsdp: there is no setting {key}; {hint}")
+    return Sharding(**values, ignored=tuple(ignored))
+
+
+def read_launcher_sharding(environment: Mapping[str, str]) -> Sharding | None:
+    """The sharding that `accelerate launch` puts into the environment for a config file with an `fsdp_config`."""
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    # Of the launcher's variables those that FSDP2 knows: it sets the others for everyone, asked or not.
+    keys = ["OFFLOAD_PARAMS", "TRANSFORMER_CLS_TO_WRAP", "CPU_RAM_EFFICIENT_LOADING", "ACTIVATION_CHECKPOINTING"]
+    keys += ["FORWARD_PREFETCH", "VERSION"]
+    keys += ["SHARDING_STRATEGY" if environment.get("FSDP_VERSION") == "1" else "RESHARD_AFTER_FORWARD"]
+    given: dict[str, Any] = {key: environment[f"FSDP_{key}"] for key in keys if environment.get(f"FSDP_{key}")}
+    copies = environment.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE")
+    if copies:
+        given["dp_replicate_size"] = copies
+    return read_sharding(given, {}, False)
+
+
+def _flag(key: str, value: Any) -> bool:
+    """A value of YAML, or of a command line, as true or false."""
+    text = str(value).strip().lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError(f"fsdp: {key} is {value!r}; give true or false.")
+    return text in ("true", "1", "yes")
+
+
+def build_accelerator(
+    sharding: Sharding | None, *, precision: str, on_cpu: bool, processes: int, per_machine: int, handlers: list
+) -> Accelerator:
+    """accelerate's object for one process, DDP, or FSDP2 where `sharding` is given and there are several processes.
+
+    processes: of the whole run; per_machine: of one machine. handlers: accelerate's `kwargs_handlers`.
+    Raises ValueError where the copies of hybrid sharding do not divide the processes.
+    """
+    if sharding is None or processes == 1:
+        return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    copies = sharding.dp_replicate_size or max(1, processes // per_machine)
+    if processes % copies or copies >= processes > 1 and copies != 1:
+        raise ValueError(
+            f"fsdp: dp_replicate_size is {copies}, which does not split {processes} processes into groups of several; "
+            "give a divisor below their number."
+        )
+    policy = None
+    if precision == "bf16":  # accelerate's own would also reduce, and give log-probabilities back, in bf16
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=sharding.reshard_after_forward,
+        cpu_offload=CPUOffloadPolicy(pin_memory=not on_cpu) if sharding.cpu_offload else False,
+        mixed_precision_policy=policy,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=sharding.cpu_ram_efficient_loading,
+        state_dict_type="SHARDED_STATE_DICT",
+        activation_checkpointing=False,  # its wrappers hide adapters from peft; `prepare` uses transformers' own
+    )
+    if on_cpu:
+        # accelerate shards on accelerators only. It decides by the kind of launch that PartialState found; device,
+        # backend and ranks are fixed by then.
+        state = PartialState(cpu=True)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+            state.device = torch.device("cpu")
+    grid = ParallelismConfig(dp_replicate_size=copies, dp_shard_size=processes // copies) if copies > 1 else None
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision=precision, fsdp_plugin=plugin, parallelism_config=grid, kwargs_handlers=handlers
+    )
+    # FSDP2 computes in its policy's dtype by itself; autocast around some forwards and not others would tell a
+    # reference from the policy that it is a copy of.
+    accelerator.native_amp = False
+    return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the accelerator shards models over processes."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def layer_classes(model: nn.Module) -> list[str]:
+    """Classes to shard as units: the declared ones that are there, else the class of the repeated block."""
+    present = {type(module).__name__ for module in model.modules()}
+    names = sorted(set(getattr(model, "_no_split_modules", None) or ()) & present)
+    if not names:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
+        names = sorted({type(block).__name__ for block in largest})
+    return names
+
+
+def prepare(
+    accelerator: Accelerator,
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    reference: Reference | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[Any, Any]:
+    """(policy, optimizer) made ready by accelerate; a reference that is a copy is sharded in the same way, in place.
+
+    Under FSDP2 the result is checked: every layer a unit, every trainable element on exactly one process of a group,
+    the dtype as asked. Raises ValueError where the model cannot be sharded so.
+    """
+    if not is_sharded(accelerator):
+        return accelerator.prepare(policy, optimizer)
+    sharding = sharding or Sharding()
+    classes = list(sharding.layer_classes) or layer_classes(policy)
+    present = {type(module).__name__ for module in policy.modules()}
+    missing = [name for name in classes if name not in present]
+    if missing or not classes:
+        found = ", ".join(layer_classes(policy)) or "none: train this model with DDP"
+        raise ValueError(f"fsdp: the model has no layer class {', '.join(missing)}; its layers are {found}.")
+    plugin = accelerator.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = classes
+    compute = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+    for parameter in policy.parameters():
+        if type(parameter).__name__ != "Params4bit":
+            continue
+        if not parameter.is_floating_point():
+            raise ValueError("bnb_4bit_quant_storage is an integer type, which fsdp cannot shard; set it to auto.")
+        if compute not in (None, parameter.dtype):  # a cast would change the packed bits
+            raise ValueError(
+                f"bnb_4bit_quant_storage is {parameter.dtype} and fsdp computes in {compute}; make them the same."
+            )
+    if sharding.activation_checkpointing:
+        checkpoint_activations(policy)
+    models = [policy] + ([reference.model] if reference is not None and reference.kind == "copy" else [])
+    layers = [[module for module in model.modules() if type(module).__name__ in classes] for model in models]
+    whole = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
+    prepared = accelerator.prepare(policy, optimizer)
+    for model, units, elements in zip(models, layers, whole, strict=True):
+        fsdp2_prepare_model(accelerator, model)  # the policy is ready; accelerate prepares no model without optimizer
+        _check_shards(accelerator, model, units, elements)
+        if sharding.forward_prefetch:
+            for unit, following in zip(units, units[1:], strict=False):
+                unit.set_modules_to_forward_prefetch([following])
+    return prepared
+
+
+def _check_shards(accelerator: Accelerator, model: nn.Module, layers: list, whole: int) -> None:
+    """Assert that the model is what was asked for: sharding fails silently more often than loudly."""
+    assert layers and all(isinstance(layer, FSDPModule) for layer in layers), "a decoder layer is no FSDP unit"
+    loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not loose, f"{loose[0]} is not sharded"
+    copies = 1 if accelerator.parallelism_config is None else accelerator.parallelism_config.dp_replicate_size
+    here = torch.tensor(local_elements(model), dtype=torch.float64, device=accelerator.device)
+    everywhere = accelerator.reduce(here, "sum").item()
+    assert everywhere == whole * copies, f"{everywhere:.0f} elements in all shards of {copies} copies of {whole}"
+
+
+def local_elements(model: nn.Module) -> int:
+    """Elements of the model's parameters that this process holds."""
+    return sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+
+
+def sharding_line(accelerator: Accelerator, policy: nn.Module, sharding: Sharding | None) -> str:
+    """One line for the log: what the run got, such as `sharded over 2 processes: 1,024 of 2,048 elements here`."""
+    processes = accelerator.num_processes
+    if not is_sharded(accelerator):
+        wish = "; one process has nothing to shard" if sharding is not None else ""
+        return f"{processes} process{'es, each with a whole copy' if processes > 1 else ''}{wish}"
+    grid = accelerator.parallelism_config
+    copies = 1 if grid is None else grid.dp_replicate_size
+    policy_dtype = getattr(accelerator.state.fsdp_plugin.mixed_precision_policy, "param_dtype", None)
+    whole = sum(parameter.numel() for parameter in policy.parameters())
+    return (
+        f"sharded over {processes // copies} processes" + (f" in {copies} copies" if copies > 1 else "") + ": "
+        f"{local_elements(policy):,} of {whole:,} elements here, "
+        f"compute in {str(policy_dtype or next(policy.parameters()).dtype).removeprefix('torch.')}"
+    )
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """All parameters whole on every process inside, so that each may run as many forwards as it likes.
+
+    Sampling needs it: processes decode different numbers of tokens, and a gather per layer and token would be slow
+    even if they did not. Costs the memory of the whole model while it lasts. Every process must enter. Inert where
+    nothing is sharded.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units:
+        yield
+        return
+    before = [(unit, _reshards(unit)) for unit in units]
+    units[0].set_reshard_after_forward(False, recurse=True)
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit, reshards in before:
+            unit.set_reshard_after_forward(reshards, recurse=False)
+            unit.reshard()
+
+
+def _reshards(unit: Any) -> bool:
+    """Whether a unit frees its gathered parameters after a forward (torch has a setter and no getter)."""
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one group before
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return any(group.post_forward_mesh_info is not None for group in groups)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from loops.shared.optim import (
+    BITSANDBYTES,
+    TORCHAO,
     OptimConfig,
     build_optimizer,
     build_schedule,
@@ -86,6 +88,176 @@ def test_first_update_is_the_published_one(dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-8}[dtype]
     assert model.weight.item() == pytest.approx(0.25, abs=tolerance)
     assert model.bias.item() == pytest.approx(0.5, abs=tolerance)
+
+
+EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adamw_torch_8bit")
+
+
+def library_of(optimizer: str) -> None:
+    pytest.importorskip("torchao" if optimizer in TORCHAO else "bitsandbytes")
+
+
+class Words(nn.Module):
+    """An embedding and two linear layers with biases; the matrices have at least 4,096 elements in whole blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 64)
+        self.layers = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.embed(ids)) @ self.embed.weight.T
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> float:
+    """Fit a fixed permutation of 64 words; each step takes 32 of them. Returns the last step's loss."""
+    loss = torch.zeros(())
+    for step in steps:
+        g = torch.Generator().manual_seed(step)
+        ids = torch.randperm(64, generator=g)[:32].to(next(model.parameters()).device)
+        loss = nn.functional.cross_entropy(model(ids), (ids * 7 + 3) % 64)
+        loss.backward()
+        clip_gradients(None, model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize("optimizer", [*BITSANDBYTES, *TORCHAO])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_first_update_of_the_others_is_the_published_one_too(optimizer: str, dtype: torch.dtype) -> None:
+    """As above; and Lion's first step is lr * sign(g), the same 0.5 here. Moments of 8 bits hold a constant exactly."""
+    library_of(optimizer)
+    model = nn.Linear(64, 64).to(dtype)
+    step = build_optimizer(model, config(optimizer=optimizer, learning_rate=0.5, weight_decay=0.5)).step
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.full_like(parameter, 4.0)
+    step()
+    assert (model.weight - 0.25).abs().max().item() < 1e-5
+    assert (model.bias - 0.5).abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw_8bit", 2), ("lion_8bit", 1), ("adamw_torch_8bit", 2)])
+def test_moments_take_one_byte_an_element(optimizer: str, moments: int) -> None:
+    """128 x 64 elements: a byte for each, 4 for the scale of every 256, and a table of 256 floats: 9,344 bytes a moment
+    instead of 32,768. Biases are too small; an embedding stays at 4 bytes in bitsandbytes."""
+    library_of(optimizer)
+    model = Words()
+    built = build_optimizer(model, config(optimizer=optimizer))
+    train(model, built, range(1))
+
+    def size(parameter: nn.Parameter) -> int:
+        tensors = []
+        for value in built.state[parameter].values():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                tensors += [value.codes, value.scale, value.qmap] if hasattr(value, "codes") else [value]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    assert size(model.layers[0].weight) == moments * (8192 + 4 * 32 + 4 * 256)
+    assert size(model.layers[0].bias) == moments * 128 * 4
+    embedding = moments * (4096 + 4 * 16 + 4 * 256 if optimizer in TORCHAO else 4 * 4096)
+    assert size(model.embed.weight) == embedding
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_32bit", "adamw_torch_8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_rounded_moments_learn_as_whole_ones_do(optimizer: str) -> None:
+    """60 steps: a loss of 0.38 after 20, 0.002 at the end, and never a hundredth of it from AdamW's."""
+    library_of(optimizer)
+    losses = []
+    for name in ("adamw_torch", optimizer):
+        model = Words()
+        built = build_optimizer(model, config(optimizer=name, learning_rate=1e-3, weight_decay=0.01))
+        losses.append([train(model, built, range(20)), train(model, built, range(20, 60))])
+    assert 0.3 < losses[0][0] < 0.5 and losses[0][1] < 0.003
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if "32bit" in optimizer else 1e-2)
+    assert losses[1] != losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", [*BITSANDBYTES, *TORCHAO])
+def test_on_a_gpu_they_learn_as_on_a_cpu(optimizer: str) -> None:
+    library_of(optimizer)
+    losses = []
+    for device in ("cpu", "cuda"):
+        with torch.device(device):
+            model = Words()
+        model.load_state_dict(Words().state_dict())  # generators differ between devices
+        built = build_optimizer(model, config(optimizer=optimizer, learning_rate=1e-3, weight_decay=0.01))
+        losses.append(train(model, built, range(20)))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[1] < 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_32bit", *EIGHT_BITS])
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+def test_saved_state_continues_to_the_same_bits(optimizer: str, by_name: bool, tmp_path: Path) -> None:
+    """Through `torch.save`, as torch numbers parameters, and as distributed checkpoints name them; schedule on top."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    if optimizer != "adamw_torch":
+        library_of(optimizer)
+    c = config(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.01, warmup_steps=2)
+    model = Words()
+    built = build_optimizer(model, c)
+    schedule = build_schedule(built, c, 10)
+    train(model, built, range(3))
+    schedule.step()
+    state = get_optimizer_state_dict(model, built) if by_name else built.state_dict()
+    torch.save([model.state_dict(), state, schedule.state_dict()], tmp_path / "state.pt")
+    train(model, built, range(3, 6))
+
+    weights, state, rates = torch.load(tmp_path / "state.pt", weights_only=False)
+    again = Words()
+    again.load_state_dict(weights)
+    built = build_optimizer(again, c)
+    schedule = build_schedule(built, c, 10)
+    if by_name:
+        set_optimizer_state_dict(again, built, state)
+    else:
+        built.load_state_dict(state)
+    schedule.load_state_dict(rates)
+    train(again, built, range(3, 6))
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch_8bit"])
+def test_the_others_get_the_schedules_rates_too(optimizer: str) -> None:
+    """torchao keeps the rate as a float32 tensor."""
+    library_of(optimizer)
+    c = config(optimizer=optimizer, learning_rate=3e-4, warmup_steps=3)
+    built = build_optimizer(Words(), c)
+    schedule = build_schedule(built, c, 11)
+    for step in range(11):
+        for group in built.param_groups:
+            assert float(group["lr"]) == pytest.approx(learning_rate_at(step, c, 11), rel=1e-7)
+        built.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("optimizer", BITSANDBYTES)
+def test_bitsandbytes_is_refused_for_shards(optimizer: str) -> None:
+    with pytest.raises(ValueError, match=f"optimizer {optimizer}.*fsdp.*adamw_torch_8bit"):
+        build_optimizer(Words(), config(optimizer=optimizer), sharded=True)
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch_8bit"])
+def test_float32_optimizers_are_refused_for_float64_models(optimizer: str) -> None:
+    with pytest.raises(ValueError, match=f"optimizer {optimizer}.*adamw_torch"):
+        build_optimizer(Words().double(), config(optimizer=optimizer))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "library"), [("adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao.optim")]
+)
+def test_a_missing_library_is_named(optimizer: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=f"optimizer {optimizer} needs {library.split('.')[0]}.*plumbline\\[quant\\]"):
+        build_optimizer(Words(), config(optimizer=optimizer))
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:
@@ -167,6 +339,7 @@ def test_a_run_without_steps_is_refused() -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
+        ({"optimizer": "adamw_9bit"}, "optimizer is 'adamw_9bit'.*adamw_torch, .*adamw_8bit"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type.*cosine, linear, constant"),
         ({"learning_rate": 1e-8}, "min_learning_rate.*learning_rate"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
@@ -229,42 +402,131 @@ def test_without_gradients_the_norm_is_zero() -> None:
     assert clip_gradients(None, nn.Linear(1, 1), 1.0).item() == 0.0
 
 
-def test_clipped_step_on_shards_equals_the_whole_model() -> None:
-    """FSDP2 over two processes, plain and hybrid mesh; in a process of its own, since forked children of a threaded
-    parent hang."""
+def test_steps_of_two_processes_equal_one() -> None:
+    """FSDP2 (plain, hybrid, offloaded, with parameters it leaves alone, 8-bit) and DDP; in a process of its own, since
+    forked children of a threaded parent hang."""
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path[1:]])}
     command = [sys.executable, __file__]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def sharded_step_equals_whole() -> None:
+def clipped_step_on_shards() -> None:
+    """float64; on the hybrid mesh of (replicas, shards) every rank holds the whole gradient; offloaded shards lie in
+    host memory, which on a CPU is where they lie anyway, and take another path through FSDP2."""
     from accelerate import Accelerator
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     accelerator = Accelerator(cpu=True)
-    for shape in ((2,), (2, 1)):  # (replicas, shards) in the hybrid mesh: every rank holds the whole gradient
+    in_memory, in_host = OffloadPolicy(), CPUOffloadPolicy(pin_memory=False)
+    for shape, policy in (((2,), in_memory), ((2, 1), in_memory), ((2,), in_host)):
         torch.manual_seed(0)
         whole = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).double()
         sharded = copy.deepcopy(whole)
-        fully_shard(sharded, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[: len(shape)]))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[: len(shape)])
+        for unit in (sharded[0], sharded):
+            fully_shard(unit, mesh=mesh, offload_policy=policy)
         rows = torch.randn(6, 5, dtype=torch.float64)
-        norms = []
-        for model in (whole, sharded):
-            optimizer = build_optimizer(model, config(learning_rate=0.1))
-            model(rows).pow(2).sum().backward()
-            norms.append(clip_gradients(accelerator, model, 0.5))
-            optimizer.step()
-        assert norms[0] > 0.5 and type(norms[1]) is torch.Tensor
-        torch.testing.assert_close(norms[0], norms[1], rtol=1e-14, atol=0)
+        optimizers = [build_optimizer(model, config(learning_rate=0.1)) for model in (whole, sharded)]
+        for _ in range(3):
+            norms = []
+            for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+                model(rows).pow(2).sum().backward()
+                norms.append(clip_gradients(accelerator, model, 0.5))
+                optimizer.step()
+                optimizer.zero_grad()
+            assert norms[0] > 0.5 and type(norms[1]) is torch.Tensor
+            torch.testing.assert_close(norms[0], norms[1], rtol=1e-13, atol=0)
         for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
-            torch.testing.assert_close(one, other.full_tensor(), rtol=1e-13, atol=1e-14)
+            torch.testing.assert_close(one, other.full_tensor(), rtol=1e-12, atol=1e-13)
+
+
+def clipping_beside_plain_parameters() -> None:
+    """A part that FSDP leaves alone (its gradients are the same on every rank) counts once, and is scaled as well."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).double()
+    mixed = copy.deepcopy(whole)
+    fully_shard(mixed, mesh=init_device_mesh("cpu", (2,)), ignored_params=set(mixed[1].parameters()))
+    rows = torch.randn(6, 5, dtype=torch.float64)
+    norms = []
+    for model in (whole, mixed):
+        model(rows).pow(2).sum().backward()
+        norms.append(clip_gradients(None, model, 0.5))
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-13, atol=0)
+    kinds = set()
+    for one, other in zip(whole.parameters(), mixed.parameters(), strict=True):
+        kinds.add(type(other.grad))
+        gradient = other.grad.full_tensor() if hasattr(other.grad, "full_tensor") else other.grad
+        torch.testing.assert_close(one.grad, gradient, rtol=1e-12, atol=1e-14)
+    assert len(kinds) == 2
+
+
+def eight_bit_steps_on_shards() -> None:
+    """Whole blocks of 256 on each rank, at least 4,096 elements: shards round as the whole does, to the bit."""
+    try:
+        import torchao  # noqa: F401
+    except ImportError:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128))
+    sharded = copy.deepcopy(whole)
+    for unit in (sharded[0], sharded):
+        fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+    for model in (whole, sharded):
+        optimizer = build_optimizer(model, config(optimizer="adamw_torch_8bit", learning_rate=1e-2), sharded=True)
+        for step in range(5):
+            rows = torch.randn(8, 128, generator=torch.Generator().manual_seed(step))
+            model(rows).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    codes = optimizer.state[sharded[0].weight]["exp_avg"].to_local().codes
+    assert codes.shape == (64, 128) and codes.dtype == torch.uint8
+    for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(one, other.full_tensor(), rtol=0, atol=1e-6)
+
+
+def eight_bit_steps_under_ddp() -> None:
+    """bitsandbytes, each rank with half of the rows, against one process with all; and no shards for it."""
+    from torch.distributed import get_rank
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 128))
+    each = copy.deepcopy(whole)
+    for model in (whole, DistributedDataParallel(each)):
+        optimizer = build_optimizer(model, config(optimizer="adamw_8bit", learning_rate=1e-2))
+        for step in range(5):
+            rows = torch.randn(8, 128, generator=torch.Generator().manual_seed(step))
+            rows = rows if model is whole else rows[get_rank() :: 2]
+            model(rows).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(whole.parameters(), each.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    fully_shard(whole, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="adamw_8bit.*fsdp"):
+        build_optimizer(whole, config(optimizer="adamw_8bit"))
+
+
+def all_of_them() -> None:
+    clipped_step_on_shards()
+    clipping_beside_plain_parameters()
+    eight_bit_steps_on_shards()
+    eight_bit_steps_under_ddp()
 
 
 if __name__ == "__main__":
     from accelerate import debug_launcher
 
     torch.set_num_threads(1)
-    debug_launcher(sharded_step_equals_whole, num_processes=2)
+    debug_launcher(all_of_them, num_processes=2)

@@ -1,0 +1,112 @@
+"""Activations in host memory: what a decoder layer saves for backward leaves the GPU until backward needs it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from loops.shared.sharding import layer_classes
+
+MIN_BYTES = 2**16  # smaller tensors are not worth a copy
+INDICES = (torch.int32, torch.int64)  # dtypes of what says where tokens are: small, and the same for all layers
+
+
+def offload_activations(model: nn.Module) -> None:
+    """Keep what the decoder layers save for backward in host memory, in place; the numbers stay the same to the bit.
+
+    With gradient checkpointing that is one tensor of [N, H] a layer, otherwise every activation inside it. Weights,
+    and what all layers share (positions, masks), stay where they are. Costs two copies over the bus for each tensor,
+    in the GPU's own queue, so nothing waits on the host.
+
+    The layers' class is replaced by a subclass of the same name. Call before sharding, before or after peft wraps the
+    model; not with compiled layers. Raises ValueError where no repeated layer is found.
+    """
+    names = layer_classes(model)
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"activation_offloading finds no decoder layers in {type(model).__name__}: set it to false.")
+    for original in {type(layer) for layer in layers if not isinstance(layer, _Offloaded)}:
+        # same name, so that whoever looks for the layers' class (sharding, transformers) finds it
+        members = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        offloaded = type(original.__name__, (_Offloaded, original), members)
+        for layer in layers:
+            if type(layer) is original:
+                layer.__class__ = offloaded
+
+
+class _Offloaded(nn.Module):
+    """Mixed into a decoder layer's class. `__call__` and not `forward`: checkpointing wraps `forward`, and what has to
+    move is what the checkpoint keeps, not what it forgets."""
+
+    def __call__(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        shared = {_identity(leaf) for leaf in tree_leaves(kwargs) if type(leaf) is Tensor}
+        parked: dict[tuple[int, int], tuple[_Parked, torch.UntypedStorage]] = {}
+
+        def pack(tensor: Tensor) -> Any:
+            if type(tensor) is not Tensor or tensor.untyped_storage().nbytes() < MIN_BYTES:
+                return tensor
+            if _identity(tensor) in shared or tensor.dtype in INDICES:
+                return tensor
+            # Looked up now, not once: FSDP puts whole weights in the place of its shards while the layer runs.
+            if any(_identity(weight) == _identity(tensor) for weight in (*self.parameters(), *self.buffers())):
+                return tensor
+            # One copy for all tensors in a storage (an input that three projections save, views, transposes). Holding
+            # the storage until the layer ends keeps its address from being given to another; the version tells
+            # writes in between apart.
+            key = (_identity(tensor), tensor._version)
+            if key not in parked:
+                storage = tensor.untyped_storage()
+                parked[key] = (_Parked(storage), storage)
+            return _Saved(parked[key][0], tensor.dtype, int(tensor.storage_offset()), tensor.size(), tensor.stride())
+
+        with saved_tensors_hooks(pack, _unpack):
+            output = super().__call__(*args, **kwargs)
+        parked.clear()  # autograd keeps `pack` itself for as long as what it packed
+        return output
+
+
+class _Parked:
+    """The bytes of one storage in host memory."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.device = storage.device
+        source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)  # type: ignore[call-overload]
+        # Pinned memory makes the copy one more piece of work in the GPU's queue: the source may be freed at once,
+        # since whatever takes its place is queued behind.
+        self.host = torch.empty(source.numel(), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self.host.copy_(source, non_blocking=True)
+        self.restored: Tensor | None = None
+
+    def restore(self) -> torch.UntypedStorage:
+        """The storage on its device again; kept for the others that saved it, and freed with the last of them."""
+        if self.restored is None:
+            self.restored = self.host.to(self.device, non_blocking=True)
+        return self.restored.untyped_storage()
+
+
+class _Saved(NamedTuple):
+    """One saved tensor: where it lies in a parked storage."""
+
+    parked: _Parked
+    dtype: torch.dtype
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+def _unpack(saved: Any) -> Tensor:
+    if not isinstance(saved, _Saved):
+        return saved
+    empty = torch.empty(0, dtype=saved.dtype, device=saved.parked.device)
+    return empty.set_(saved.parked.restore(), saved.offset, saved.size, saved.stride)  # type: ignore[call-overload]
+
+
+def _identity(tensor: Tensor) -> int:
+    """What two tensors in one storage have in common, and no two storages that live at the same time."""
+    return tensor.untyped_storage()._cdata

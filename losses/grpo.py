@@ -100,6 +100,8 @@ def grpo_loss(
     beta: float = 0.0,
     kl_estimator: str = "k3",
     delta: float | None = None,
+    sampler_logprobs: Tensor | None = None,
+    importance_sampling_cap: float = 2.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the clipped policy loss; divide it by `loss_denominator`, formed from global counts.
 
@@ -117,6 +119,11 @@ def grpo_loss(
     also caps the ratio where the advantage is negative: -min(min(r_t, delta) A, clip(r_t) A), the two-sided clip of
     INTELLECT-2, https://arxiv.org/abs/2505.07291.
 
+    sampler_logprobs tell pi_old, the trainer's policy before the step, from what really sampled: an engine with other
+    kernels, or with older weights. Each token's policy term (not its KL) is then weighted by min(pi_old / pi_sampler,
+    importance_sampling_cap): truncated importance sampling, Ionides 2008, https://doi.org/10.1198/106186008X320456; the
+    split into the two ratios is that of AReaL, https://arxiv.org/abs/2505.24298, eq. 5.
+
     Args:
         logprobs: [B, T] under the policy being trained, in nats.
         old_logprobs: [B, T] under the policy that sampled; no gradient flows into it. On policy, `logprobs.detach()`.
@@ -131,13 +138,16 @@ def grpo_loss(
         beta: weight of the KL to the reference.
         kl_estimator: "k1", "k2" or "k3", see `kl_estimate`.
         delta: cap of the ratio, above 1 + epsilon_high, or None for no cap.
+        sampler_logprobs: [B, T] as the sampler gave them; no gradient flows into it. None: it was pi_old itself.
+        importance_sampling_cap: largest weight of a token, above 0.
 
     Returns:
         The loss sum (a scalar, at least fp32) and detached sums over tokens, whatever the loss_type, each to be divided
         by the number of tokens in the mask: "policy/approx_kl" (k3 estimate of KL(old || policy)), "policy/clip_low"
         and "policy/clip_high" (tokens whose gradient the clip range took away, delta not counted), and with
-        ref_logprobs "policy/kl" (the estimator, before beta). "policy/ratio_max" is a maximum, of the ratio in use; 0
-        where there is no token.
+        ref_logprobs "policy/kl" (the estimator, before beta), with sampler_logprobs "policy/sampler_weight" (the
+        weights) and "policy/sampler_capped" (tokens at the cap). "policy/ratio_max" is a maximum, of the ratio in use;
+        0 where there is no token.
 
     Raises:
         ValueError: an unknown name, a beta without ref_logprobs, a delta inside the clip range, or shapes that differ.
@@ -166,6 +176,14 @@ def grpo_loss(
     losses = -torch.min(capped * advantages, clipped * advantages)  # [B, T]
 
     metrics = _ratio_metrics(ratio.detach(), log_ratio.detach(), advantages, mask, 1 - epsilon, 1 + epsilon_high)
+    if sampler_logprobs is not None:
+        if not importance_sampling_cap > 0:
+            raise ValueError(f"importance_sampling_cap is {importance_sampling_cap}; give a number above 0")
+        drift = keep_masked(old_logprobs.detach(), mask) - keep_masked(sampler_logprobs.detach(), mask)  # [B, T]
+        weights = keep_masked(drift.exp().clamp(max=importance_sampling_cap), mask)
+        losses = losses * weights
+        metrics["policy/sampler_weight"] = weights.sum()
+        metrics["policy/sampler_capped"] = (weights == importance_sampling_cap).sum().to(ratio.dtype)
     if ref_logprobs is not None:
         kl = kl_estimate(logprobs, keep_masked(ref_logprobs.detach(), mask), kl_estimator)  # [B, T], 0 outside the mask
         metrics["policy/kl"] = kl.detach().sum()

@@ -357,3 +357,37 @@ def test_unknown_denominator_names_the_known_ones() -> None:
         loss_denominator("ppo", num_tokens=1, num_sequences=1, max_completion_length=1)
     with pytest.raises(ValueError, match="k1, k2, k3"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+def test_tokens_of_another_sampler_are_weighted_up_to_a_cap():
+    """One sequence, A = 1, on policy, log-probabilities -1, -1, -1 against the sampler's -1, -1.5, -3: weights
+    min(exp(0), 2), min(exp(0.5), 2), min(exp(2), 2), so the loss is -(1 + 1.6487 + 2), its gradient the weights."""
+    logprobs = torch.full((1, 4), -1.0, dtype=torch.float64, requires_grad=True)
+    sampler = torch.tensor([[-1.0, -1.5, -3.0, math.inf]], dtype=torch.float64)  # the last one stands outside the mask
+    mask = torch.tensor([[True, True, True, False]])
+    weights = torch.tensor([1.0, math.exp(0.5), 2.0, 0.0], dtype=torch.float64)
+    loss, metrics = grpo_loss(logprobs, logprobs.detach(), torch.ones(1), mask, sampler_logprobs=sampler)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert loss.item() == pytest.approx(-weights.sum().item())
+    assert torch.allclose(gradient, -weights[None])
+    assert metrics["policy/sampler_weight"] == pytest.approx(weights.sum().item())
+    assert metrics["policy/sampler_capped"] == 1
+
+
+def test_the_kl_term_is_not_weighted():
+    """A = 0 leaves beta * KL alone: the same with and without the sampler's log-probabilities."""
+    data = batch() | {"advantages": torch.zeros(6, dtype=torch.float64)}
+    plain, _ = grpo_loss(**data, beta=0.3)
+    weighted, _ = grpo_loss(**data, beta=0.3, sampler_logprobs=data["old_logprobs"] - 1)
+    assert weighted == plain != 0
+
+
+def test_a_sampler_that_is_the_old_policy_changes_nothing():
+    data = batch()
+    assert grpo_loss(**data, sampler_logprobs=data["old_logprobs"])[0] == grpo_loss(**data)[0]
+
+
+def test_a_cap_must_be_above_zero():
+    data = batch()
+    with pytest.raises(ValueError, match="importance_sampling_cap"):
+        grpo_loss(**data, sampler_logprobs=data["old_logprobs"], importance_sampling_cap=0.0)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from configs.spellings import AS_BUILT, COMPUTED, NOTES, OVERRIDES, REFUSED, RENAMED, Values
+from configs.spellings import COMPUTED, NOTES, OVERRIDES, REFUSED, RENAMED, SECTION_VALUES, Values
 from configs.text import dump_yaml, read_file, typed
 
 ConfigType = TypeVar("ConfigType")
@@ -155,7 +155,9 @@ def _flatten(pairs: list[tuple[str, Any]], source: str, leaves: dict[str, Leaf])
             flat.append((key, value))
         elif isinstance(value, dict):
             flat += [(f"{key}.{str(name).replace('-', '_')}", inner) for name, inner in value.items()]
-        elif value is not None and value not in AS_BUILT.get(key, ()):
+        elif isinstance(value, str) and key in SECTION_VALUES:
+            flat.append((f"{key}.{SECTION_VALUES[key]}", value))
+        elif value is not None:
             raise ValueError(f"{source}: `{key}` is a section, not a value: give its keys, as in `{key}.name: value`.")
     return flat
 

@@ -48,8 +48,8 @@ REFUSED = {
 }
 """Keys that would do harm; the sentence says what to do instead."""
 
-AS_BUILT = {"optim": ("adamw_torch", "adamw_torch_fused")}
-"""Keys that are sections here, and the values under which they say what is done anyway (the optimizer is AdamW)."""
+SECTION_VALUES = {"optim": "optimizer"}
+"""Keys that are sections here, and the key in them that a bare text means (transformers' `optim: adamw_8bit`)."""
 
 OVERRIDES = ("full_ft", "use_wandb", "eval_strategy", "evaluation_strategy", "save_strategy")
 """These win over our key beside them in the same file; any other two names for one key are refused."""

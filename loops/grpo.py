@@ -249,7 +249,7 @@ def main(config: Config) -> None:
     rows_per_step = config.prompts(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
-    optimizer = build_optimizer(policy, config.optim)
+    optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps * config.num_iterations)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = run.prepare(policy, optimizer, reference)

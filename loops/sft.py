@@ -138,7 +138,7 @@ def main(config: Config) -> None:
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(examples), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
-    optimizer = build_optimizer(policy, config.optim)
+    optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = run.prepare(policy, optimizer)

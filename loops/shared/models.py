@@ -64,6 +64,9 @@ class ModelConfig:
     """Compile the decoder layers with `torch.compile` (a minute of warm-up; needs `packing`, not with 4 or 8 bits)."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: about a third more time for far less memory."""
+    activation_offloading: bool = False
+    """Keep the activations that backward needs in host memory (slower; together with `gradient_checkpointing` only
+    each layer's input moves)."""
     lora_r: int = 32
     """LoRA rank; 0 trains all weights (`full_ft: true` is another spelling of 0)."""
     lora_alpha: float = 64.0
@@ -114,6 +117,8 @@ class ModelConfig:
         for key in ("load_in_4bit", "load_in_8bit"):
             if self.compile and getattr(self, key):
                 raise ValueError(f"compile does not know the matrix products of {key}; drop one of them.")
+        if self.compile and self.activation_offloading:
+            raise ValueError("activation_offloading was never seen to work with compile; drop one of them.")
         if self.lora_r < 0:
             raise ValueError(f"lora_r is {self.lora_r}; give a rank of at least 1, or 0 to train all weights.")
         if self.lora_r == 0:
@@ -291,6 +296,10 @@ def build_policy(
 
     if config.gradient_checkpointing:
         checkpoint_activations(base)
+    if config.activation_offloading:
+        from loops.shared.offload import offload_activations  # here: it knows the layers from sharding.py
+
+        offload_activations(policy)
     _steady_bitsandbytes(policy)
     return policy.train()
 

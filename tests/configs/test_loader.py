@@ -37,6 +37,8 @@ class ModelSection:
 class OptimSection:
     """The optimizer."""
 
+    optimizer: str = "adamw_torch"
+    """Its name."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     warmup_steps: int = 0
@@ -384,9 +386,11 @@ def test_a_spelling_of_a_key_that_the_loop_lacks_is_an_unknown_key(capsys):
         assert f"unknown key `{argv[0][2:]}`" in capsys.readouterr().err
 
 
-def test_optim_may_name_the_optimizer_that_is_used(write):
-    """transformers' `optim: adamw_torch` beside our section of that name."""
+def test_optim_may_name_the_optimizer(write):
+    """transformers' `optim: adamw_8bit` beside our section of that name."""
     assert changed("--config", write("optim: adamw_torch\nlearning_rate: 1")) == {"learning_rate": 1.0}
+    assert changed("--config", write("optim: adamw_8bit")) == {"optimizer": "adamw_8bit"}
+    assert changed("--optim", "paged_adamw_8bit") == {"optimizer": "paged_adamw_8bit"}
 
 
 def test_full_ft_wins_in_its_layer_and_loses_to_a_later_one(write):

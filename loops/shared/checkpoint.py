@@ -1,46 +1,334 @@
-"""Checkpoints that are whole or not there, and a resume that goes on as if nothing had happened.
+"""Saving checkpoints that are whole or not there, and a resume that goes on as if nothing had happened.
 
-A checkpoint is a folder `checkpoints/KIND-epochEE-stepNNNNNN` of the run folder:
+A checkpoint (its files: checkpoint_folder.py) holds names and pieces of whole tensors, not positions, so nothing in it
+depends on how the model was wrapped or on how many ranks it was cut for. A frozen base is read from its own folder,
+never written.
 
-    trainable.safetensors   trainable parameters by name, whole tensors (a frozen base is read from its own folder)
-    optimizer.pt            optimizer state by parameter name, its settings, and the schedule
-    random-RRRRR.pt         random state of rank R: python, numpy, torch, the device
-    state.json              what the loop needs to find its place: epoch, step, rows consumed, ...
-    manifest.json           sizes of all these files; written last, so a folder with a true manifest is whole
-
-It is written as `.tmp-NAME` beside its place and renamed when every byte is on disk. Names and whole tensors, not
-positions and shards, are stored, so nothing in the files depends on how the model was wrapped or split.
+All is written into `.tmp-NAME` beside its place, which is renamed when every byte is on disk. At no instant is there no
+whole checkpoint once there was one: what makes room for a new one of the same name is `.old-NAME` for that instant,
+and `find_checkpoint` knows it; the oldest are removed only after the rename.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
 import os
+import pickle
 import random
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from loops.shared.checkpoint_folder import (
+    FORMAT,
+    MANIFEST,
+    METADATA,
+    MOMENT,
+    OPTIMIZER,
+    REPLACED,
+    STATE,
+    TEMPORARY,
+    WEIGHT,
+    best_checkpoint,
+    clear_leftovers,
+    compare_checksums,
+    extra_file,
+    find_checkpoint,
+    flush_to_disk,
+    prune,
+    rank_file,
+    read_extra,
+    read_manifest,
+    read_state,
+    read_tensors,
+    read_weights,
+    sealed,
+    stored_tensors,
+    whole_checkpoints,
+)
+from loops.shared.optimizer_state import put_back, take_apart
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim.lr_scheduler import LRScheduler
 
+__all__ = [  # what others use of both files
+    "NotSaved",
+    "Saver",
+    "best_checkpoint",
+    "find_checkpoint",
+    "load_checkpoint",
+    "read_extra",
+    "read_manifest",
+    "read_state",
+    "read_weights",
+    "save_checkpoint",
+]
+
 logger = logging.getLogger(__name__)
 
-FORMAT = "plumbline-checkpoint-1"
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "trainable.safetensors", "optimizer.pt", "state.json", "manifest.json"
-TEMPORARY, REPLACED = ".tmp-", ".old-"  # a folder that is being written, and one whose place is being taken
+REPORT = ".report"  # ending of what each rank leaves in the temporary folder when its files are on disk
 WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # put into names by torch.compile and checkpointing
+
+Best = tuple[str, float, bool]  # name of a metric, its value now, whether greater is better
+
+
+class NotSaved(OSError):
+    """A checkpoint could not be written; its text is one sentence, the same on every rank. What was there stays."""
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time; with `wait=False` in a thread of its own while training goes on.
+
+    The thread works on copies in host memory (kept for the next save: they cost this rank's share of a checkpoint) and
+    talks to other ranks through files only, so its work cannot get between the training's collectives. Rank 0 waits for
+    the others' files as long as they grow, `deadline` seconds beyond (20 once its main thread has ended).
+    """
+
+    def __init__(self, folder: Path | str, *, accelerator: Accelerator, deadline: float = 300.0):
+        self.parent = Path(folder) / "checkpoints"
+        self.accelerator = accelerator
+        self.deadline = deadline
+        self.buffers: dict[Any, Tensor] = {}
+        self.agreed: _Agreed | None = None
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+
+    def save(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        step: int,
+        state: Mapping[str, Any],
+        keep: int,
+        best: Best | None = None,
+        extra: Mapping[str, Any] | None = None,
+        wait: bool = True,
+    ) -> Path:
+        """Write `checkpoints/KIND-epochEE-stepNNNNNN` and return its path; every rank must call this.
+
+        step: optimizer steps done. state: what the loop wants back on resume (JSON types; its `epoch`, if any, shows in
+        the name); KIND is lora where the model has adapters, else full. keep: afterwards only so many checkpoints stay,
+        the newest (0: all), and besides them the best by the metric in `best`, or in the newest save that had one (not
+        a number is never best). extra: of each rank its own, types that `torch.load(weights_only=True)` reads.
+
+        Returns when all is on disk, or with `wait=False` when it is copied; then the next `save` or `wait` waits for
+        the rest and raises its error. The folder must be on storage that all ranks share. Raises NotSaved where the
+        files cannot be written (a full disk), TypeError for a state that is not JSON, ValueError for other bad input.
+        """
+        self.wait()
+        job: _Job | None = None
+        problem: Exception | None = None
+        try:
+            job = self._prepared(model, optimizer, scheduler, step, state, keep, best, extra)
+        except (TypeError, ValueError) as error:  # before the first file, so that wrong input costs nothing
+            problem = error
+        raise_first(self.accelerator, problem)
+        assert job is not None
+        self._plan(job)
+        if wait:
+            job.planner.take(job.plan, None)
+            self._run(job, in_background=False)
+            self._raise_failure()
+        else:
+            job.planner.take(job.plan, self.buffers)
+            name = f"checkpoint {job.final.name}"
+            self.thread = threading.Thread(target=self._run, args=(job,), kwargs={"in_background": True}, name=name)
+            self.thread.start()
+        return job.final
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; every rank must call this. Raises NotSaved as `save` does."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self.failure = self.failure, None
+        raise_first(self.accelerator, failure)
+
+    def _prepared(self, model, optimizer, scheduler, step, state, keep, best, extra) -> _Job:
+        """Everything that is written, without a copy of the tensors; no rank waits for another."""
+        reshard(model)
+        parameters = dict(trainable_parameters(self.accelerator.unwrap_model(model)))
+        moments, record, own = take_apart(optimizer, parameters)
+        tensors = {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()}
+        tensors |= {MOMENT + key: tensor for key, tensor in moments.items()}
+        kind = "lora" if any("lora_" in name for name in parameters) else "full"
+        rank = self.accelerator.process_index
+        blobs = {rank_file(rank): packed({"random": random_state(self.accelerator.device), "optimizer": own})}
+        if extra:
+            try:
+                blobs[extra_file(rank)] = packed(dict(extra))
+                torch.load(io.BytesIO(blobs[extra_file(rank)]), weights_only=True)
+            except (pickle.PickleError, AttributeError, TypeError) as error:
+                raise ValueError(f"extra holds what a checkpoint cannot give back: {error}") from error
+        if self.accelerator.is_main_process:
+            blobs[OPTIMIZER] = packed({**record, "scheduler": scheduler.state_dict()})
+            blobs[STATE] = json.dumps({**state, "step": step}).encode()
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "kind": kind,
+            "step": step,
+            "world_size": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+        }
+        if best is not None:
+            name, value, greater = best
+            manifest["metrics"] = {name: value if math.isfinite(value) else None}
+            manifest["best"] = {"metric": name, "greater_is_better": greater}
+        final = self.parent / f"{kind}-epoch{int(state.get('epoch', 0)):02d}-step{step:06d}"
+        # A shard without elements would only repeat the place of another one.
+        tensors = {key: t for key, t in tensors.items() if not (isinstance(t, DTensor) and t.to_local().numel() == 0)}
+        return _Job(final, manifest, keep, blobs, _Planner(tensors), _Writer(self.parent / (TEMPORARY + final.name)))
+
+    def _plan(self, job: _Job) -> None:
+        """Agree on who writes what (tensors that ranks hold alike are shared out), and make the temporary folder."""
+        main, rank = self.accelerator.is_main_process, self.accelerator.process_index
+        job.planner.set_up_planner(job.planner.tensors, is_coordinator=main)
+        job.writer.set_up_storage_writer(main)
+        local = job.planner.create_local_plan()
+        agreed = self.agreed
+        if not all(gather_object([agreed is not None and agreed.local == local])):
+            agreed = None  # not planned yet, or something has another shape than at the last save
+        plans = [] if agreed else gather_object([local])
+        told: list[Any] = [None, [], 0, None]
+        if main:
+            try:
+                if agreed is None:
+                    plans, metadata = job.planner.create_global_plan(plans)
+                    told = [None, job.writer.prepare_global_plan(plans), sum(map(plan_bytes, plans)), metadata]
+                job.bytes = agreed.bytes if agreed else told[2]
+                clear_leftovers(self.parent)
+                job.temporary.mkdir(parents=True)
+            except Exception as error:
+                told[0] = not_saved(job, error)
+        problem, plans, total, metadata = broadcast_object_list(told)
+        if problem is None and not job.temporary.is_dir():
+            problem = ValueError(
+                f"rank {rank} does not see {job.temporary}, which rank 0 made: set output_dir to storage that all "
+                f"ranks share."
+            )
+        raise_first(self.accelerator, problem)
+        self.agreed = agreed or _Agreed(local, plans[rank], metadata, total)
+        job.plan = job.planner.finish_plan(self.agreed.plan)
+        job.metadata, job.bytes = self.agreed.metadata, self.agreed.bytes
+
+    def _run(self, job: _Job, in_background: bool) -> None:
+        """Write this rank's files; on rank 0 also wait for the others', and give the folder its name."""
+        try:
+            self._write(job)
+        except Exception as error:
+            self.failure = not_saved(job, error)
+        except BaseException as error:  # a signal's, in the main thread: what is half written stays for the next save
+            if not in_background:
+                raise
+            self.failure = error
+        finally:
+            job.planner.staged = {}
+
+    def _write(self, job: _Job) -> None:
+        rank, folder = self.accelerator.process_index, job.temporary
+        report: dict[str, Any] = {"error": None}
+        try:
+            report["results"] = job.writer.write_data(job.plan, job.planner).wait()
+            for name, data in job.blobs.items():
+                (folder / name).write_bytes(data)
+            names = {result.storage_data.relative_path for result in report["results"]} | job.blobs.keys()
+            report["files"] = {name: sealed(folder / name) for name in sorted(names)}
+        except Exception as error:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            for path in (*folder.glob(f"__{rank}_*"), *(folder / name for name in job.blobs)):
+                path.unlink(missing_ok=True)  # a full disk then has room for the report
+            report["error"] = str(not_saved(job, error))
+            with suppress(OSError):
+                leave_report(folder, rank, report)
+            raise
+        if not self.accelerator.is_main_process:
+            leave_report(folder, rank, report)
+            return
+        try:
+            reports = {0: report} | self._reports(job)
+            failed = next((report["error"] for report in reports.values() if report["error"]), None)
+            if failed:
+                raise NotSaved(failed)
+            self._publish(job, reports)
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _reports(self, job: _Job) -> dict[int, dict[str, Any]]:
+        """The reports of the other ranks, when all are there."""
+        reports: dict[int, dict[str, Any]] = {}
+        seen, since = -1, time.monotonic()
+        while True:
+            size = 0
+            for entry in os.scandir(job.temporary):
+                with suppress(FileNotFoundError):  # renamed or removed while we look
+                    size += entry.stat().st_size
+                    rank = int(entry.name.removesuffix(REPORT)) if entry.name.endswith(REPORT) else 0
+                    if rank and rank not in reports:
+                        reports[rank] = pickle.loads(Path(entry.path).read_bytes())
+            missing = sorted(set(range(1, self.accelerator.num_processes)) - reports.keys())
+            if not missing or any(report["error"] for report in reports.values()):
+                return reports
+            if size != seen:
+                seen, since = size, time.monotonic()
+            patience = self.deadline if threading.main_thread().is_alive() else min(self.deadline, 20.0)
+            if time.monotonic() - since > patience:
+                raise NotSaved(
+                    f"{job.final} was not saved: rank {', '.join(map(str, missing))} wrote nothing for {patience:.0f} "
+                    f"seconds; the checkpoint before it stays."
+                )
+            time.sleep(0.02)
+
+    def _publish(self, job: _Job, reports: Mapping[int, Mapping[str, Any]]) -> None:
+        """Rank 0: metadata, manifest, the rename, and only then the pruning."""
+        folder, final = job.temporary, job.final
+        job.writer.finish(job.metadata, [report["results"] for report in reports.values()])
+        files = {name: entry for report in reports.values() for name, entry in report["files"].items()}
+        files[METADATA] = sealed(folder / METADATA)
+        for rank in reports:
+            (folder / f"{rank}{REPORT}").unlink(missing_ok=True)
+        others = whole_checkpoints(self.parent, warn=False)
+        # Later than any other, also where the clock of this machine is behind that of the one before.
+        latest = max((manifest["saved_at"] for _, manifest in others), default=0)
+        manifest = {**job.manifest, "saved_at": max(time.time_ns(), latest + 1), "files": dict(sorted(files.items()))}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        flush_to_disk(folder / MANIFEST)
+        flush_to_disk(folder)
+        replaced = self.parent / (REPLACED + final.name)
+        if final.exists():  # a run that went back and came to this step again
+            os.replace(final, replaced)
+        os.replace(folder, final)
+        flush_to_disk(self.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if job.keep > 0:
+            prune(self.parent, job.keep)
 
 
 def save_checkpoint(
@@ -53,70 +341,123 @@ def save_checkpoint(
     step: int,
     state: Mapping[str, Any],
     keep: int,
+    best: Best | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `folder/checkpoints/KIND-epochEE-stepNNNNNN` and return its path; every rank must call this.
+    """`Saver.save` for one checkpoint, returning when all of it is on disk."""
+    return Saver(folder, accelerator=accelerator).save(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        step=step,
+        state=state,
+        keep=keep,
+        best=best,
+        extra=extra,
+    )
 
-    `step` is the number of optimizer steps done, `state` what the loop wants back on resume (JSON types; its `epoch`,
-    if any, shows in the name), KIND is lora where the model has adapters, else full. Afterwards only the `keep`
-    newest checkpoints stay (0 keeps all). The folder must be on storage that all ranks share.
-    """
-    parameters = dict(trainable_parameters(accelerator.unwrap_model(model)))
-    kind = "lora" if any("lora_" in name for name in parameters) else "full"
-    parent = Path(folder) / "checkpoints"
-    final = parent / f"{kind}-epoch{int(state.get('epoch', 0)):02d}-step{step:06d}"
-    temporary, replaced = parent / (TEMPORARY + final.name), parent / (REPLACED + final.name)
-    written = json.dumps({**state, "step": step})  # before the first file, so that a wrong type costs nothing
 
-    if accelerator.is_main_process:
-        for left_over in (*parent.glob(f"{TEMPORARY}*"), *parent.glob(f"{REPLACED}*")):
-            shutil.rmtree(left_over)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+@dataclass
+class _Agreed:
+    """What the ranks agreed on at the last save; while every rank has the same to write, it holds for the next."""
 
-    # Gathering shards is collective, so every rank builds these; only the main process writes them.
-    weights = {name: whole(parameter) for name, parameter in parameters.items()}
-    moments = optimizer_by_name(optimizer, parameters)
-    if accelerator.is_main_process:
-        save_file(weights, temporary / WEIGHTS)
-        torch.save({**moments, "scheduler": scheduler.state_dict()}, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(written)
-    torch.save(random_state(accelerator.device), temporary / random_file(accelerator.process_index))
-    accelerator.wait_for_everyone()
+    local: SavePlan  # what this rank has
+    plan: SavePlan  # what of it this rank writes
+    metadata: Metadata
+    bytes: int  # of all ranks
 
-    if accelerator.is_main_process:
-        expected = {WEIGHTS, OPTIMIZER, STATE, *(random_file(rank) for rank in range(accelerator.num_processes))}
-        missing = expected - {path.name for path in temporary.iterdir()}
-        if missing:
-            raise ValueError(
-                f"{temporary} lacks {', '.join(sorted(missing))}: the ranks do not see the same folder, so set "
-                f"output_dir to storage that all of them share."
-            )
-        sizes = {}
-        for name in sorted(expected):
-            flush_to_disk(temporary / name)
-            sizes[name] = (temporary / name).stat().st_size
-        manifest = {
-            "format": FORMAT,
-            "kind": kind,
-            "step": step,
-            "world_size": accelerator.num_processes,
-            "device": accelerator.device.type,
-            "saved_at": time.time_ns(),
-            "files": sizes,
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        flush_to_disk(temporary / MANIFEST)
-        flush_to_disk(temporary)
-        if final.exists():  # a run that went back and came to this step again
-            os.replace(final, replaced)
-        os.replace(temporary, final)
-        flush_to_disk(parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if keep > 0:
-            for old in whole_checkpoints(parent)[keep:]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
+
+@dataclass
+class _Job:
+    """One checkpoint on its way to disk."""
+
+    final: Path
+    manifest: dict[str, Any]
+    keep: int
+    blobs: dict[str, bytes]  # this rank's small files
+    planner: _Planner
+    writer: _Writer
+    plan: SavePlan = field(default_factory=lambda: SavePlan([]))  # what this rank writes
+    metadata: Metadata = field(default_factory=lambda: Metadata({}))
+    bytes: int = 0  # of all ranks
+
+    @property
+    def temporary(self) -> Path:
+        return self.final.parent / (TEMPORARY + self.final.name)
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, without a random number and this machine's path in the metadata."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, sync_files=False)  # `sealed` does it, once for every kind of file
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _Planner(DefaultSavePlanner):
+    """torch's planner over flat names; the writer gets copies where `take` made them, else the tensors themselves."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.tensors = dict(tensors)
+        self.staged: dict[Any, Tensor] = {}
+
+    def take(self, plan: SavePlan, buffers: dict[Any, Tensor] | None) -> None:
+        """Copy what this rank writes into `buffers`, which are made where they do not fit; None copies nothing."""
+        devices = set()
+        for item in plan.items:
+            tensor: Any = super().resolve_data(item)
+            devices.add(tensor.device)
+            if buffers is None:
+                continue
+            key, on_device = (item.index.fqn, item.index.offset), tensor.device.type != "cpu"
+            buffer = buffers.get(key)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
+            buffer.copy_(tensor, non_blocking=on_device)
+            self.staged[item.index] = buffer
+        for device in devices:
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize(device)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        staged = self.staged.get(write_item.index)
+        return super().resolve_data(write_item) if staged is None else staged
+
+
+def plan_bytes(plan: SavePlan) -> int:
+    return sum(item.tensor_storage_size() or 0 for item in plan.items)
+
+
+def packed(value: object) -> bytes:
+    """What `torch.save` would write."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def leave_report(folder: Path, rank: int, report: Mapping[str, Any]) -> None:
+    """Tell rank 0 that this rank is done; the name appears with its contents."""
+    part = folder / f"{rank}.part"
+    part.write_bytes(pickle.dumps(dict(report)))
+    os.replace(part, folder / f"{rank}{REPORT}")
+
+
+def not_saved(job: _Job, error: BaseException) -> BaseException:
+    """An error of writing as one sentence; any other as it is."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):  # torch's writer turns some into a RuntimeError
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, NotSaved) or cause is None:
+        return error
+    parent = next(path for path in (job.final.parent, *job.final.parent.parents) if path.exists())
+    free, needed = shutil.disk_usage(parent).free / 2**20, job.bytes / 2**20
+    return NotSaved(
+        f"{job.final} was not saved ({cause.strerror or cause}): it needs {needed:.1f} MiB and {free:.1f} MiB are free "
+        f"on its disk; the checkpoint before it stays; free some space, or lower save_total_limit."
+    )
 
 
 def load_checkpoint(
@@ -129,153 +470,64 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a checkpoint back into freshly built objects and return the loop's `state`; every rank must call this.
 
-    Everything is read and compared before anything is changed. Raises ValueError when the checkpoint is torn (no or
-    false manifest, missing or short file) or foreign (other parameters, shapes, dtypes, optimizer, number of
-    processes or device). Call it last, after the model, the optimizer and the data loader were built and prepared,
-    since building them draws random numbers.
+    The number of ranks and the sharding may be others than those that wrote it: parameters, optimizer state and
+    schedule are the same to the last bit. Random streams go on exactly on as many ranks; else each rank is seeded from
+    (the state's `seed`, step, rank), and a warning says so. `read_extra` gives back what the loop saved beside.
+
+    Everything is checked before anything is changed. Raises ValueError when the checkpoint is torn (no or false
+    manifest, missing, short or altered file) or foreign (other parameters, shapes, dtypes, optimizer or device). Call
+    it last, after the model, the optimizer and the data loader were built and prepared, since building them draws
+    random numbers.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    if manifest["world_size"] != accelerator.num_processes:
-        raise ValueError(
-            f"{path} was written by {manifest['world_size']} processes and this run has {accelerator.num_processes}: "
-            f"launch with --num_processes {manifest['world_size']}."
-        )
-    if manifest["device"] != accelerator.device.type:
-        raise ValueError(
-            f"{path} holds the random state of {manifest['device']} and this run is on {accelerator.device.type}: "
-            f"resume on {manifest['device']}."
-        )
+    reshard(model)
     parameters = dict(trainable_parameters(accelerator.unwrap_model(model)))
-    weights = load_file(path / WEIGHTS)
-    saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    randomness = torch.load(path / random_file(accelerator.process_index), map_location="cpu", weights_only=True)
-    state = read_state(path)
+    rank = accelerator.process_index
+    problem: Exception | None = None
+    try:
+        manifest = read_manifest(path)
+        if manifest["device"] != accelerator.device.type:
+            raise ValueError(
+                f"{path} holds the random state of {manifest['device']} and this run is on {accelerator.device.type}: "
+                f"resume on {manifest['device']}."
+            )
+        compare_checksums(path, manifest, rank, accelerator.num_processes)
+        refuse_other_parameters(path, stored_tensors(path, WEIGHT), parameters)
+        same_ranks = manifest["world_size"] == accelerator.num_processes
+        saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        own = torch.load(path / rank_file(rank), map_location="cpu", weights_only=True) if same_ranks else None
+        state = read_state(path)
+        try:
+            moments, put_moments = put_back(optimizer, parameters, saved, own["optimizer"] if own else {})
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from error
+        read_tensors(path, {MOMENT + key: tensor for key, tensor in moments.items()})
+    except (ValueError, OSError) as error:
+        problem = error
+    raise_first(accelerator, problem)
 
-    refuse_other_parameters(path, weights, parameters)
-    names = name_groups(optimizer, parameters)
-    if saved["class"] != optimizer_class(optimizer) or [group["params"] for group in saved["groups"]] != names:
-        raise ValueError(
-            f"{path} belongs to another optimizer ({saved['class']} over {len(saved['groups'])} parameter groups, not "
-            f"{optimizer_class(optimizer)} over {len(names)}): resume with the settings it was written with."
-        )
-
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(like(parameter, weights[name]))
-    numbers = {name: number for number, name in enumerate(name for group in names for name in group)}
-    optimizer.load_state_dict(
-        {
-            "state": {
-                numbers[name]: {
-                    key: like(parameters[name], value) if isinstance(value, Tensor) and key != "step" else value
-                    for key, value in moments.items()  # torch itself puts `step` where the optimizer wants it
-                }
-                for name, moments in saved["state"].items()
-            },
-            "param_groups": [
-                {**group, "params": [numbers[name] for name in group["params"]]} for group in saved["groups"]
-            ],
-        }
-    )
+    read_tensors(path, {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()})
+    put_moments()
     scheduler.load_state_dict(saved["scheduler"])
-    set_random_state(randomness, accelerator.device)
+    if own is not None:
+        set_random_state(own["random"], accelerator.device)
+    else:
+        seed_random_streams(int(state.get("seed", 0)), manifest["step"], rank)
+        if accelerator.is_main_process:
+            logger.warning(
+                "%s was written by %d processes and this run has %d: weights, optimizer and schedule go on exactly, "
+                "random streams (dropout) are seeded anew from the run's seed, step and rank",
+                path,
+                manifest["world_size"],
+                accelerator.num_processes,
+            )
     accelerator.wait_for_everyone()
     return state
 
 
-def find_checkpoint(run_folder: Path | str, resume_from: str) -> Path | None:
-    """The checkpoint that `resume_from` means: `none`, `latest` (newest whole one of the run folder), or a path.
-
-    `latest` passes over torn checkpoints with one warning each, and is None when there is no whole one. Raises
-    ValueError when a path is not a whole checkpoint.
-    """
-    if resume_from == "none":
-        return None
-    if resume_from != "latest":
-        read_manifest(Path(resume_from))
-        return Path(resume_from)
-    return next(iter(whole_checkpoints(Path(run_folder) / "checkpoints")), None)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have the size it says; else ValueError with what is wrong."""
-    if not path.is_dir():
-        raise ValueError(f"there is no checkpoint {path}: set resume_from to latest, none or a checkpoint folder.")
-    if not (path / MANIFEST).is_file():
-        raise ValueError(f"{path} is not a whole checkpoint: it has no {MANIFEST}.")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except ValueError as error:  # undecodable bytes too
-        raise ValueError(f"{path} is not a whole checkpoint: its {MANIFEST} is not JSON ({error}).") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this program: its {MANIFEST} does not say {FORMAT}.")
-    for name, size in manifest["files"].items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path} is not a whole checkpoint: {name} is missing.")
-        found = (path / name).stat().st_size
-        if found != size:
-            raise ValueError(f"{path} is not a whole checkpoint: {name} has {found} bytes instead of {size}.")
-    return manifest
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The loop's own state in a checkpoint, as `save_checkpoint` was given it."""
-    return json.loads((path / STATE).read_text())
-
-
-def whole_checkpoints(parent: Path) -> list[Path]:
-    """Whole checkpoints in `parent`, newest first by the time they were written; torn ones are named in a warning.
-
-    Time and not step: a run that was sent back to an earlier step goes on from what it wrote last.
-    """
-    found = []
-    for path in parent.glob("*-step*"):
-        if path.name.startswith((TEMPORARY, REPLACED)):
-            continue
-        try:
-            manifest = read_manifest(path)
-        except ValueError as error:
-            logger.warning("skipped: %s", error)
-            continue
-        found.append((manifest["saved_at"], manifest["step"], path))
-    return [path for _, _, path in sorted(found, reverse=True)]
-
-
-def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters of an unwrapped model under the names they have without wrappers; tied weights once."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield WRAPPERS.sub("", name), parameter
-
-
-def name_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """Names of the parameters in each of the optimizer's groups, in its order."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def optimizer_class(optimizer: torch.optim.Optimizer) -> str:
-    """Name of the optimizer's class, below accelerate's wrapper."""
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__
-
-
-def optimizer_by_name(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """The optimizer's state dict with parameter names in place of numbers and whole tensors in place of shards."""
-    plain = optimizer.state_dict()
-    groups = name_groups(optimizer, parameters)
-    names = [name for group in groups for name in group]
-    return {
-        "class": optimizer_class(optimizer),
-        "groups": [{**group, "params": names} for group, names in zip(plain["param_groups"], groups, strict=True)],
-        "state": {
-            names[number]: {key: whole(value) if isinstance(value, Tensor) else value for key, value in moments.items()}
-            for number, moments in plain["state"].items()
-        },
-    }
-
-
-def refuse_other_parameters(path: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+def refuse_other_parameters(
+    path: Path, saved: Mapping[str, TensorStorageMetadata], parameters: Mapping[str, nn.Parameter]
+) -> None:
     """Raise ValueError unless names, shapes and dtypes of the saved weights are those of the model."""
     if saved.keys() != parameters.keys():
         missing, extra = sorted(parameters.keys() - saved.keys()), sorted(saved.keys() - parameters.keys())
@@ -285,30 +537,38 @@ def refuse_other_parameters(path: Path, saved: Mapping[str, Tensor], parameters:
             f"{len(missing)} of the model's {len(parameters)} are missing ({example}); check model_id and lora_r."
         )
     for name, parameter in parameters.items():
-        have, want = saved[name], parameter
-        if (have.shape, have.dtype) != (want.shape, want.dtype):
+        shape, dtype = tuple(saved[name].size), saved[name].properties.dtype
+        if (shape, dtype) != (tuple(parameter.shape), parameter.dtype):
             raise ValueError(
-                f"{path} belongs to another model: {name} is {tuple(have.shape)} {have.dtype} there and "
-                f"{tuple(want.shape)} {want.dtype} here; check model_id, torch_dtype and lora_r."
+                f"{path} belongs to another model: {name} is {shape} {dtype} there and "
+                f"{tuple(parameter.shape)} {parameter.dtype} here; check model_id, torch_dtype and lora_r."
             )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, with its shards gathered (collective where it is sharded)."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters of an unwrapped model under the names they have without wrappers; tied weights once."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield WRAPPERS.sub("", name), parameter
 
 
-def like(parameter: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole on every rank, on the parameter's device and sharded as the parameter is."""
-    value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward without a backward left gathered: only shards are the parameters of the optimizer."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
-def random_file(rank: int) -> str:
-    return f"random-{rank:05d}.pt"
+def raise_first(accelerator: Accelerator, problem: BaseException | None) -> None:
+    """Raise on every rank the problem of the first rank that has one; every rank must call this."""
+    told = None if problem is None else (type(problem).__name__, str(problem))
+    first = next((one for one in gather_object([told]) if one is not None), None)
+    if first is None:
+        return
+    if first == told:
+        raise problem  # type: ignore[misc]  # with its traceback
+    kinds: dict[str, type[Exception]] = {"NotSaved": NotSaved, "TypeError": TypeError, "ValueError": ValueError}
+    raise kinds.get(first[0], RuntimeError)(first[1]) from problem
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -333,10 +593,9 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"], device)
 
 
-def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def seed_random_streams(seed: int, step: int, rank: int) -> None:
+    """Begin every global random stream of this process anew, at a place that only (seed, step, rank) decide."""
+    words = numpy.random.SeedSequence([abs(seed), step, rank]).generate_state(4)
+    random.seed(int(words[0]))
+    numpy.random.seed(words[1:3])
+    torch.manual_seed(int(words[3]))

@@ -1,0 +1,241 @@
+"""A run's checkpoints on disk: what one consists of, which are whole, newest or best, and what can be read from one.
+
+A checkpoint is a folder `checkpoints/KIND-epochEE-stepNNNNNN` of the run folder:
+
+    __R_0.distcp, .metadata  trainable parameters and optimizer state by name, in the format of torch's distributed
+                             checkpoint: rank R wrote its shards, and of what all ranks hold alike a part
+    optimizer.pt             the optimizer's settings and plain values, and the schedule
+    rank-RRRRR.pt            random state of rank R: python, numpy, torch, the device; what else is only its own
+    extra-RRRRR.pt           what the loop of rank R gave as `extra`, if anything
+    state.json               what the loop needs to find its place: epoch, step, rows consumed, ...
+    manifest.json            sizes and checksums of all these files; written last, so a folder with a true one is whole
+
+Beside it may stand `.tmp-NAME`, which is being written or removed, and for an instant `.old-NAME`, whose place a new
+one of that name is taking. Nothing here needs a process group or a model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "plumbline-checkpoint-2"
+METADATA, OPTIMIZER, STATE, MANIFEST = ".metadata", "optimizer.pt", "state.json", "manifest.json"
+WEIGHT, MOMENT = "model/", "optimizer/"  # first parts of the tensors' keys
+TEMPORARY, REPLACED = ".tmp-", ".old-"
+BLOCK = 1 << 24  # bytes read at once for a checksum
+
+
+def find_checkpoint(run_folder: Path | str, resume_from: str, *, accelerator: Accelerator | None = None) -> Path | None:
+    """The checkpoint that `resume_from` means: `none`, `latest`, `best` (of the run folder), or a path.
+
+    `latest` is the newest whole one and `best` the one by the metric it was saved with; both compare checksums, pass
+    over torn ones with one warning each, and are None when there is none. With an accelerator every rank must call
+    this: they share the reading, and agree. Raises ValueError when a path is not a whole checkpoint.
+    """
+    if resume_from == "none":
+        return None
+    parent = Path(run_folder) / "checkpoints"
+    if resume_from not in ("latest", "best"):
+        read_manifest(Path(resume_from))
+        return Path(resume_from)
+    is_main = accelerator is None or accelerator.is_main_process
+    candidates = whole_checkpoints(parent) if is_main else []
+    if resume_from == "best":
+        marker = next((manifest["best"] for _, manifest in candidates if manifest.get("best")), None)
+        candidates = by_metric(candidates, marker["metric"], marker["greater_is_better"]) if marker else []
+    if accelerator is not None:
+        candidates = broadcast_object_list([candidates])[0]
+    rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    for path, manifest in candidates:
+        problem = None
+        try:
+            compare_checksums(path, manifest, rank, ranks)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = [problem] if accelerator is None else gather_object([problem])
+        problem = next((text for text in problems if text), None)
+        if problem is None:
+            return path
+        if is_main:
+            logger.warning("skipped: %s", problem)
+    return None
+
+
+def best_checkpoint(parent: Path, name: str, greater: bool) -> Path | None:
+    """The whole checkpoint in `parent` with the greatest (or least) value of a metric, the oldest of equals."""
+    found = by_metric(whole_checkpoints(parent, warn=False), name, greater)
+    return found[0][0] if found else None
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """Whole trainable tensors on the CPU by name, without process group or model. Raises ValueError when torn."""
+    path = Path(path)
+    compare_checksums(path, read_manifest(path), 0, 1)
+    stored = stored_tensors(path, WEIGHT)
+    weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    read_tensors(path, {WEIGHT + name: tensor for name, tensor in weights.items()})
+    return weights
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The loop's own state in a checkpoint, as it was given to `save`."""
+    return json.loads((path / STATE).read_text())
+
+
+def read_extra(path: Path, rank: int) -> dict[str, Any]:
+    """What rank `rank` of the processes that wrote a checkpoint gave as `extra`; {} where it gave nothing.
+
+    The manifest's `world_size` says how many there were: a run with another number deals their contents out anew.
+    """
+    file = path / extra_file(rank)
+    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files all have the size it says; else ValueError with what is wrong."""
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint {path}: set resume_from to latest, none or a checkpoint folder.")
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} is not a whole checkpoint: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except ValueError as error:  # undecodable bytes too
+        raise ValueError(f"{path} is not a whole checkpoint: its {MANIFEST} is not JSON ({error}).") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this program: its {MANIFEST} does not say {FORMAT}.")
+    for name, (size, _) in manifest["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is not a whole checkpoint: {name} is missing.")
+        found = (path / name).stat().st_size
+        if found != size:
+            raise ValueError(f"{path} is not a whole checkpoint: {name} has {found} bytes instead of {size}.")
+    return manifest
+
+
+def compare_checksums(path: Path, manifest: Mapping[str, Any], rank: int, ranks: int) -> None:
+    """Raise ValueError where a file's contents are not those it was written with; of `ranks`, each reads its part."""
+    for name, (_, expected) in list(manifest["files"].items())[rank::ranks]:
+        if checksum(path / name) != expected:
+            raise ValueError(f"{path} is not a whole checkpoint: {name} was altered after it was written.")
+
+
+def whole_checkpoints(parent: Path, *, warn: bool = True) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints in `parent` with files of the right size, and their manifests, newest first by the time of writing.
+
+    Time and not step: a run that was sent back to an earlier step goes on from what it wrote last. Torn ones are named
+    in a warning. One that was being replaced when its run was killed counts while nothing stands in its place.
+    """
+    found = []
+    for path in parent.glob("*-step*"):
+        if path.name.startswith(TEMPORARY):
+            continue
+        if path.name.startswith(REPLACED) and (parent / path.name.removeprefix(REPLACED)).exists():
+            continue
+        try:
+            manifest = read_manifest(path)
+        except ValueError as error:
+            if warn:
+                logger.warning("skipped: %s", error)
+            continue
+        found.append((path, manifest))
+    return sorted(found, key=lambda one: (one[1]["saved_at"], one[1]["step"]), reverse=True)
+
+
+def by_metric(found: list[tuple[Path, dict[str, Any]]], name: str, greater: bool) -> list[tuple[Path, dict[str, Any]]]:
+    """Those that have a value of the metric, best first, of equals the oldest first."""
+    having = [one for one in found if one[1].get("metrics", {}).get(name) is not None]
+    return sorted(having, key=lambda one: (one[1]["metrics"][name] * (-1 if greater else 1), one[1]["saved_at"]))
+
+
+def stored_tensors(path: Path, first: str) -> dict[str, TensorStorageMetadata]:
+    """Shape, dtype and places of the stored tensors whose keys begin with `first`, by the rest of the key."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key.removeprefix(first): entry for key, entry in stored.items() if key.startswith(first)}  # type: ignore
+
+
+def read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fill tensors, shards or whole, with what is stored under their keys; no rank waits for another."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # that it reads without a process group, which is the intention
+        distributed_checkpoint.load(dict(targets), storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Remove what saves that were cut off left behind; what one of them was replacing goes back to its place."""
+    for old in parent.glob(f"{REPLACED}*"):
+        final = parent / old.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, final)
+    for left_over in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left_over)
+
+
+def prune(parent: Path, keep: int) -> None:
+    """Remove all whole checkpoints but the `keep` newest and the best; one that cannot be removed is named."""
+    found = whole_checkpoints(parent, warn=False)
+    marker = next((manifest["best"] for _, manifest in found if manifest.get("best")), None)
+    best = by_metric(found, marker["metric"], marker["greater_is_better"])[:1] if marker else []
+    for path, manifest in found[keep:]:
+        if (path, manifest) in best:
+            continue
+        try:
+            os.replace(path, path.parent / (TEMPORARY + path.name))  # gone at once, whatever happens next
+            shutil.rmtree(path.parent / (TEMPORARY + path.name))
+        except OSError as error:
+            logger.warning("%s is not needed any more and cannot be removed: %s", path, error)
+
+
+def sealed(path: Path) -> list[int]:
+    """[bytes, checksum] of a file just written (so read from memory, not from the disk), once it is on the disk."""
+    entry = [path.stat().st_size, checksum(path)]
+    flush_to_disk(path)
+    return entry
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+def extra_file(rank: int) -> str:
+    return f"extra-{rank:05d}.pt"
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

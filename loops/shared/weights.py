@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loops.shared.models import ADAPTER
+from loops.shared.models import ADAPTER, reshard
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,12 +24,13 @@ _MAX_SHARD_SIZE = "5GB"
 _CARD_SECTIONS = ("base_model", "loop", "dataset", "command", "settings", "metrics", "versions")
 
 
-def iter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def iter_weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """The whole model, one whole tensor at a time, under the names of the plain transformers model.
 
     Adapters are merged on the fly, W + scaling * B A (DoRA: rescaled to the learned row norms), quantised weights are
-    dequantised first; the sum is formed in at least float32 and rounded to the base's dtype. The model itself is left
-    untouched. Tied weights come once. Tensors may share memory with the model: copy what outlives the next step.
+    dequantised first; the sum is formed in at least float32 and rounded once, to `dtype` (default: the base's). The
+    model itself is left untouched. Tied weights come once. Tensors may share memory with the model: copy what outlives
+    the next step. Buffers keep their dtype.
 
     Every rank has to run through the whole iteration: a sharded tensor is gathered by all ranks when its turn comes.
     Names are those of the model in memory; an architecture whose experts transformers fuses has other names in files.
@@ -37,18 +38,20 @@ def iter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    _reshard(model)
+    reshard(model)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     seen: set[int] = set()
-    for name, owner, tensor, dtype in _walk(base, ""):
+    for name, owner, tensor, own in _walk(base, ""):
         if not isinstance(owner, LoraLayer):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-        whole = _merged(owner) if isinstance(owner, LoraLayer) else _plain(owner, tensor)
+        whole = _merged(owner, dtype) if isinstance(owner, LoraLayer) else _plain(owner, tensor)
         if type(tensor).__name__ == "Int8Params":
-            dtype = base.config.dtype  # 8-bit weights do not remember what they were read in, 4-bit ones do
-        yield name, whole if dtype is None else whole.to(dtype)
+            own = base.config.dtype  # 8-bit weights do not remember what they were read in, 4-bit ones do
+        if dtype is not None and isinstance(tensor, nn.Parameter) and whole.is_floating_point():
+            own = dtype
+        yield name, whole if own is None else whole.to(own)
 
 
 def export_model(
@@ -58,6 +61,7 @@ def export_model(
     *,
     merge: bool,
     card: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, and return its files.
 
@@ -73,12 +77,13 @@ def export_model(
         model: the unwrapped policy. Every rank calls this; only rank 0 writes, the others return [].
         card: what the model card says, any of `base_model`, `loop`, `dataset`, `command` (text) and `settings`,
             `metrics`, `versions` (mappings); `{}` leaves the card at its title.
+        dtype: of what is written; None keeps the base's (of an adapter: its own).
     """
     from peft import PeftModel
 
     folder = Path(folder)
     adapter_only = isinstance(model, PeftModel) and not merge
-    tensors = _trained_tensors(model) if adapter_only else iter_weights(model)
+    tensors = _trained_tensors(model, dtype) if adapter_only else iter_weights(model, dtype=dtype)
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     gathered = {name: tensor.cpu() for name, tensor in tensors if writes}
     if not writes:
@@ -172,8 +177,11 @@ def _plain(owner: nn.Module, tensor: Tensor) -> Tensor:
     return whole
 
 
-def _merged(layer: Any) -> Tensor:
-    """The weight of a LoRA layer with its adapter added; W + scaling * B A, rows rescaled to the magnitudes of DoRA."""
+def _merged(layer: Any, dtype: torch.dtype | None) -> Tensor:
+    """The weight of a LoRA layer with its adapter added; W + scaling * B A, rows rescaled to the magnitudes of DoRA.
+
+    Rounded to `dtype`, or with None to the base's.
+    """
     base_layer = layer.get_base_layer()
     weight = _plain(base_layer, base_layer.weight)
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -188,7 +196,7 @@ def _merged(layer: Any) -> Tensor:
     if layer.use_dora.get(ADAPTER):
         magnitude = _whole(layer.lora_magnitude_vector[ADAPTER].weight)  # [out]
         merged = merged * (magnitude / merged.norm(dim=1)).unsqueeze(1)
-    return (merged.T if layer.fan_in_fan_out else merged).to(weight.dtype)
+    return (merged.T if layer.fan_in_fan_out else merged).to(dtype or weight.dtype)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -198,21 +206,14 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _reshard(model: nn.Module) -> None:
-    """After a forward without backward FSDP2 leaves its root gathered, in the compute dtype; go back to the shards."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What training changes, whole, under peft's names."""
-    _reshard(model)
+def _trained_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """What training changes, whole, under peft's names, in `dtype` (None: its own)."""
+    reshard(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield ".".join(part for part in name.split(".") if part not in _WRAPPED), _whole(parameter)
+            tensor = _whole(parameter)
+            name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+            yield name, tensor if dtype is None else tensor.to(dtype)
 
 
 def _clean_twin(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:

@@ -1,0 +1,303 @@
+"""Completions for the rows of a data file, scored: exact match, ROUGE and any reward function.
+
+    python -m launch.evaluate RUN --dataset_name data/quickstart/heldout.jsonl          # a run, as it was trained
+    python -m launch.evaluate Qwen/Qwen3-0.6B --config configs/grpo.yaml                # a model, with a loop's file
+    accelerate launch --config_file launch/cpu_ddp.yaml -m launch.evaluate MODEL_OR_RUN ...     # rows shared out
+
+Greedy unless `--do_sample true`. A run (or one of its checkpoints) brings its own config.yaml, so templates, chat
+options and completion length are those of training; `--config` files and keys given here go over them, and
+`--dataset_name` changes the rows only. Written to `--output`: `predictions.jsonl`, one row a line with prompt,
+completion, reference and every score, and `metrics.json` with the means; the trackers get the means when asked
+(`--report_to`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from accelerate.utils import gather_object
+
+from configs.loader import dump_config, load_config
+from data.chat import EncodeConfig, Prompt, encode_example, encode_prompt, encode_rows
+from data.load import DATASETS_READERS, JSON_SUFFIXES, DataConfig, convert_rows, load_rows, read_rows
+from data.rewards import RewardConfig, build_rewards, judge_completions
+from launch.export import Trained, find_trained, rebuild_policy, run_folder_of
+from loops import dpo, grpo, sft
+from loops.shared.models import ModelConfig, build_policy, build_tokenizer, find_source, resolve_dtype
+from loops.shared.rollout import Completion, RolloutConfig, build_engine
+from loops.shared.run import Run, RunConfig, one_sentence_errors, start_run
+from loops.shared.tracking import replace_text
+
+PROG = "python -m launch.evaluate"
+REFERENCES = ("reference", "completion", "chosen", "answer")  # columns, in the order in which they are looked for
+ROUGE = ("rouge1", "rouge2", "rougeL")
+SAID_HERE = {"dataset_name": "eval_dataset_name", "dataset_split": "eval_dataset_split"}
+SAID_HERE |= {"max_samples": "max_eval_samples"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Evaluation: the loops' sections, of which a training file's own keys may stay where they are."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    do_sample: bool = False
+    """Sample with the rollout section's temperature, top_p, top_k and min_p instead of taking the likeliest token."""
+    generation_batch_size: int = 64
+    """Prompts given to the engine at once, on each process."""
+
+    def __post_init__(self) -> None:
+        if self.generation_batch_size < 1:
+            raise ValueError(f"generation_batch_size is {self.generation_batch_size}; give 1 or more.")
+
+
+def accepting_training_files(config_class: type) -> type:
+    """The class with the keys that only the loops have, of any type and without effect: their files load unchanged."""
+    known, extra = {own.name for own in fields(config_class)}, {}
+    for loop in (sft, dpo, grpo):
+        hints = get_type_hints(loop.Config)
+        for own in fields(loop.Config):
+            if own.name not in known and is_dataclass(hints[own.name]):
+                extra[own.name] = (own.name, hints[own.name], field(default_factory=own.default_factory))
+            elif own.name not in known:
+                extra[own.name] = (own.name, Any | None, field(default=None))
+    return make_dataclass("Config", extra.values(), bases=(config_class,), frozen=True, kw_only=True)
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[str | None, str | None, Config]:
+    """(model or run, output folder, settings) of the command line."""
+    words = list(argv)
+    name = words.pop(0) if words and not words[0].startswith("-") else None
+    output, rest = None, []
+    while words:
+        key, equals, value = words.pop(0).partition("=")
+        plain = key.removeprefix("--").replace("-", "_").rpartition(".")[2] if key.startswith("--") else ""
+        if plain in ("output", "output_dir"):
+            if not equals and not words:
+                raise ValueError(f"the command line: `{key}` needs a folder.")
+            output = value if equals else words.pop(0)
+        else:
+            rest.append(f"--{SAID_HERE[plain]}{equals}{value}" if plain in SAID_HERE else key + equals + value)
+    run = run_folder_of(Path(name).expanduser()) if name else None
+    if run:
+        rest = ["--config", str(run / "config.yaml"), *rest]
+    asks_help = {"--help", "-h"} & set(rest)
+    config: Config = load_config(Config if asks_help else accepting_training_files(Config), rest, prog=PROG)
+    return name, output, config
+
+
+def find_model(name: str | None, config: Config) -> Trained | ModelConfig:
+    """What is evaluated: trained weights of a run, or the settings that read a whole model or a hub id."""
+    if name and Path(name).expanduser().is_dir():
+        trained = find_trained(name)
+        if trained.kind != "model":
+            return trained
+        name = str(trained.path)
+    model = replace(config.model, compile=False, gradient_checkpointing=False)
+    if name:
+        model = replace(model, model_id=name, from_scratch=False)
+    if model.load_in_4bit or model.load_in_8bit or find_source(model).adapter:
+        return model
+    return replace(model, lora_r=0, use_dora=False, use_rslora=False, modules_to_save=None)
+
+
+def build_model(found: Trained | ModelConfig, tokenizer: Any, device: torch.device) -> torch.nn.Module:
+    """The model in evaluation mode; one without adapters has bfloat16 on a GPU unless `torch_dtype` says otherwise."""
+    if isinstance(found, Trained):
+        return rebuild_policy(found, device=device)
+    dtype = resolve_dtype(replace(found, lora_r=max(found.lora_r, 1)), device)  # what a frozen model has
+    found = replace(found, torch_dtype=str(dtype).removeprefix("torch."))
+    return build_policy(found, tokenizer, seed=0, device=device).eval()
+
+
+def evaluation_rows(config: Config) -> list[dict[str, Any]]:
+    """The evaluation rows of the data section; where it names none, its rows."""
+    data = config.data
+    if not data.eval_dataset_name and data.eval_split_ratio > 0:
+        return (load_rows(data, seed=config.run.seed)[1] or [])[: data.max_eval_samples or None]
+    name, split = data.dataset_name, data.dataset_split
+    if data.eval_dataset_name:
+        name, split = data.eval_dataset_name, data.eval_dataset_split
+        suffixes = (*JSON_SUFFIXES, *DATASETS_READERS)
+        files = [path for path in Path(name).glob("*") if path.suffix in suffixes]
+        if len(files) == 1:  # a channel's folder with one file, whatever it is called
+            name = str(files[0])
+    subset = data.dataset_config if name == data.dataset_name else None
+    rows = read_rows(name, split, subset, key="dataset_name")
+    return convert_rows(rows, data, name, limit=data.max_eval_samples)
+
+
+def build_scores(config: RewardConfig, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[float]]:
+    """The reward functions; `exact_answer`, the default, is left out where no row has the answer that it asks for."""
+    functions, weights = build_rewards(config)
+    if "exact_answer" in functions and not any(row.get("answer") is not None for row in rows):
+        place = list(functions).index("exact_answer")
+        functions.pop("exact_answer")
+        weights.pop(place)
+    return functions, weights
+
+
+def reference_of(prompt: Prompt, tokenizer: Any, config: EncodeConfig) -> str | None:
+    """The text that a row wants: the first of the columns REFERENCES that it fills, or the last reply of `messages`.
+
+    A reply with tool calls is what the chat template writes for it.
+    """
+    row = prompt.columns
+    wanted = next((row[name] for name in REFERENCES if row.get(name) is not None), None)
+    if wanted is None and row.get("messages"):
+        wanted = row["messages"][-1:] if row["messages"][-1].get("role") == "assistant" else None
+    if wanted is None or isinstance(wanted, (str, int, float)):
+        return None if wanted is None else str(wanted)
+    reply = wanted[-1] if isinstance(wanted, list) and wanted else wanted
+    if not isinstance(reply, dict):
+        return None
+    if not reply.get("tool_calls"):
+        return reply.get("content") if isinstance(reply.get("content"), str) else None
+    example = encode_example(row, tokenizer, replace(config, max_seq_length=10**9))
+    if example is None:
+        return None
+    shared = 0
+    while shared < len(prompt.prompt_ids) and example.input_ids[shared : shared + 1] == [prompt.prompt_ids[shared]]:
+        shared += 1
+    return tokenizer.decode(example.input_ids[shared:], skip_special_tokens=True).strip()
+
+
+def text_scores(completion: str, reference: str | None) -> dict[str, float | None]:
+    """`exact_match` (the same words in the same order, white space aside) and ROUGE F-measures, in [0, 1].
+
+    None without a reference; ROUGE is left out where the package is not installed. Lin 2004.
+    """
+    scores: dict[str, float | None] = dict.fromkeys(("exact_match", *ROUGE))
+    if importlib.util.find_spec("rouge_score") is None:
+        scores = {"exact_match": None}
+    if reference is None:
+        return scores
+    scores["exact_match"] = float(completion.split() == reference.split())
+    if "rougeL" in scores:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        found = RougeScorer(list(ROUGE), use_stemmer=False).score(reference, completion)
+        scores |= {name: found[name].fmeasure for name in ROUGE}
+    return scores
+
+
+def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], config: Config, tokenizer: Any, run: Run):
+    """This process's predictions, as rows of predictions.jsonl.
+
+    numbers: each prompt's row in the data, from 1. A prompt's randomness belongs to its place, so the completions are
+    the same on any number of processes.
+    """
+    sampling = config.rollout.sampling()
+    if not config.do_sample:
+        sampling = replace(sampling, temperature=0.0)
+    accelerator, size = run.accelerator, config.generation_batch_size
+    functions = build_scores(config.reward, [prompt.columns for prompt in prompts])
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    predictions: list[dict[str, Any]] = []
+    for start in range(0, math.ceil(len(prompts) / accelerator.num_processes), size):  # as often on every process
+        places = list(mine[start : start + size])
+        chosen = [prompts[place] for place in places]
+        ids = [prompt.prompt_ids for prompt in chosen]
+        groups = engine.sample(ids, n=1, sampling=sampling, seed=config.run.seed, prompt_numbers=places)
+        completions: list[Completion] = [group[0] for group in groups]
+        judged = judge_completions(functions, chosen, completions)
+        if judged.failure:  # a warning is shown once
+            warnings.warn(f"a score failed; its rows count as missing:\n{judged.failure}", stacklevel=1)
+        for index, (place, prompt, completion) in enumerate(zip(places, chosen, completions, strict=True)):
+            reference = reference_of(prompt, tokenizer, config.encode)
+            scores = text_scores(completion.text, reference)
+            scores |= {name: values[index] for name, values in judged.by_name.items()}
+            row: dict[str, Any] = {"row": numbers[place], "prompt": prompt.text, "completion": completion.text}
+            row |= {"reference": reference, "scores": scores, "tokens": len(completion.token_ids)}
+            predictions.append(row | {"finish_reason": completion.finish_reason})
+    return predictions
+
+
+def mean_scores(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """`eval/NAME` for every score (mean over the rows that have it), and `eval/NAME/missing` where some have none."""
+    metrics: dict[str, float] = {}
+    for name in predictions[0]["scores"]:
+        values = [row["scores"][name] for row in predictions]
+        present = [value for value in values if value is not None]
+        if present:
+            metrics[f"eval/{name}"] = math.fsum(present) / len(present)
+        if len(present) < len(values):
+            metrics[f"eval/{name}/missing"] = float(len(values) - len(present))
+    metrics["eval/completion_length"] = sum(row["tokens"] for row in predictions) / len(predictions)
+    metrics["eval/truncated"] = sum(row["finish_reason"] == "length" for row in predictions) / len(predictions)
+    return metrics | {"eval/rows": float(len(predictions))}
+
+
+def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, float]:
+    """Generate, score, write; returns the means (on every process)."""
+    found = find_model(name, config)
+    model = found.model if isinstance(found, Trained) else found
+    step = (found.step or 0) if isinstance(found, Trained) else 0
+    tokenizer = build_tokenizer(model)
+    rows = evaluation_rows(config)
+    prompts, report = encode_rows(rows, encode_prompt, tokenizer, config.encode, what="rows")
+    numbers = {id(row): number for number, row in enumerate(rows, start=1)}
+    build_scores(config.reward, rows)  # refuses what it does not know, before the model is read
+
+    folder = run_folder_of(Path(name).expanduser()) if name else None
+    if output is None and folder:
+        output = str(folder / "evaluations" / time.strftime("%Y%m%d-%H%M%S"))
+    asked = config.run  # of a training run's section only this much means anything here
+    own = {key: getattr(asked, key) for key in ("results_dir", "run_name", "seed", "report_to", "mixed_precision")}
+    own |= {key: getattr(asked, key) for key in ("mlflow_uri", "mlflow_experiment_name")}
+    settings = asdict(config) | {"model": asdict(model)}
+    run = start_run(
+        RunConfig(output_dir=output, **own), loop="evaluate", resolved=dump_config(config), settings=settings
+    )
+    run.say(str(report))
+    policy = build_model(found, tokenizer, run.accelerator.device)
+    engine = build_engine(config.rollout, policy, tokenizer, autocast=run.accelerator.autocast)
+    run.open(max(step, 1), rows=len(prompts))
+    engine.sync(policy)
+    began = time.perf_counter()
+    lines = [numbers[id(prompt.columns)] for prompt in prompts]
+    predictions = gather_object(predict(engine, prompts, lines, config, tokenizer, run))
+    predictions.sort(key=lambda row: row["row"])
+    seconds = time.perf_counter() - began
+    metrics = mean_scores(predictions) | {"time/eval": seconds}
+    if run.accelerator.is_main_process:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+        replace_text(run.folder / "predictions.jsonl", text)
+        data = config.data.eval_dataset_name or config.data.dataset_name
+        summary = {"model": name or model.model_id, "dataset": data, "step": step, **metrics}
+        replace_text(run.folder / "metrics.json", json.dumps(summary, indent=1) + "\n")
+    run.log(metrics, step)
+    atexit.unregister(run.tracker.finish)
+    run.tracker.finish(ok=True)
+    run.say(f"predictions and metrics written to {run.folder}")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0 when the files are written, 2 for what the user can correct."""
+    try:
+        with one_sentence_errors(PROG):
+            evaluate(*read_arguments(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

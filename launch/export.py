@@ -1,0 +1,440 @@
+"""A trained model as a Hugging Face folder, from any run, checkpoint or adapter.
+
+    python -m launch.export                                         # the newest checkpoint under results/
+    python -m launch.export results/my-run                          # a run's newest weights
+    python -m launch.export CHECKPOINT --no_merge                   # the adapter by itself
+    python -m launch.export CHECKPOINT --base_model Qwen/Qwen3-8B   # a checkpoint without its run folder
+
+Full, LoRA and QLoRA are told apart by what was saved. The policy is built again as the run built it, the trained
+tensors are put in, and one folder is written: `CHECKPOINT.hf_model` (adapters merged; of a quantised base into the
+dequantised one, which is what the adapter was trained on), or `CHECKPOINT.hf_peft` (the adapter). What was written is
+loaded afresh and must give the policy's logits before it gets its name. One process, on the CPU, offline where the base
+model is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from configs.text import read_file
+from loops.shared.checkpoint import read_manifest, read_state, read_weights
+from loops.shared.checkpoint_folder import REPLACED, TEMPORARY
+from loops.shared.models import ModelConfig, build_policy, build_tokenizer, resolve_dtype
+from loops.shared.run import one_sentence_errors
+from loops.shared.weights import export_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# How far the reloaded model's logits may lie from the policy's: root mean square of the difference over the standard
+# deviation of the logits, by the coarsest dtype on the way. Measured on 28 to 36 random layers: 1e-6 in float32, 3e-3
+# to 5e-3 in float16, 0.02 to 0.04 in bfloat16 (the policy adds the adapter after rounding, the merged model before).
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+SHAPE_COMPARED = (2, 16)  # sequences and tokens of the comparison
+OUTPUTS = (".hf_model", ".hf_peft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Trained weights on disk, and what it takes to build the model around them."""
+
+    path: Path
+    """A checkpoint, or a folder in Hugging Face's format."""
+    kind: str
+    """`checkpoint`, `adapter` (a peft folder) or `model` (a whole one: nothing is left to export)."""
+    model: ModelConfig
+    """The run's model section, with the dtype that it had in training."""
+    seed: int
+    """Of the random weights of a base that was never read from anywhere (`from_scratch`)."""
+    step: int | None = None
+    """Optimizer steps done, where known."""
+    loop: str | None = None
+    dataset: str | None = None
+
+    def __str__(self) -> str:
+        """`step 12, QLoRA of rank 32 on BASE`, for the terminal."""
+        quantised = self.model.load_in_4bit or self.model.load_in_8bit
+        lora = f"{'Q' if quantised else ''}LoRA of rank {self.model.lora_r}"
+        what = "all weights of" if self.model.lora_r == 0 else f"{lora} on" if self.kind == "checkpoint" else f"{lora},"
+        return f"{f'step {self.step}, ' if self.step is not None else ''}{what} {self.model.model_id}"
+
+
+class WrongLogits(RuntimeError):
+    """What was written is not what was trained."""
+
+
+def find_trained(name: str | None, *, checkpoints_dir: str = "results", base_model: str | None = None) -> Trained:
+    """What `name` means: a checkpoint, a run folder (its newest weights), an adapter; None is the newest checkpoint.
+
+    Args:
+        name: a folder, or None.
+        checkpoints_dir: searched, at any depth, when there is no name.
+        base_model: takes the place of the run's `model_id`.
+
+    Raises:
+        ValueError: nothing there, or a checkpoint that does not say enough about its model.
+    """
+    if name is None:
+        path = newest_checkpoint(Path(checkpoints_dir))
+        if path is None:
+            raise ValueError(
+                f"there is no whole checkpoint under {checkpoints_dir}: name one, or give checkpoints_dir."
+            )
+        return _read_checkpoint(path, base_model)
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {name}: give a run, a checkpoint or an adapter.")
+    if (path / "manifest.json").is_file():
+        return _read_checkpoint(path, base_model)
+    if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        return _read_export(path, base_model)
+    checkpoint, exported = newest_checkpoint(path), path / "model"
+    written = any((exported / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if checkpoint and not (written and _last_step(path) > read_state(checkpoint)["step"]):
+        return _read_checkpoint(checkpoint, base_model)
+    if written:  # no checkpoint, or the run went on after its last one
+        return _read_export(exported, base_model)
+    raise ValueError(
+        f"{name} holds neither a whole checkpoint nor a model folder: give a run, a checkpoint or an adapter."
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint under a folder that was written last, by the time in its manifest."""
+    found = []
+    for file in folder.glob("**/manifest.json"):
+        path = file.parent
+        replaced = path.name.startswith(REPLACED) and path.with_name(path.name.removeprefix(REPLACED)).exists()
+        if replaced or path.name.startswith(TEMPORARY):
+            continue
+        try:
+            found.append((json.loads(file.read_text())["saved_at"], path))
+        except (ValueError, KeyError, TypeError):  # not one of ours
+            continue
+    for _, path in sorted(found, reverse=True):
+        try:
+            read_manifest(path)
+        except ValueError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+        else:
+            return path
+    return None
+
+
+def run_folder_of(path: Path) -> Path | None:
+    """The run folder: the folder itself, or the one around a checkpoint or `model/`; None where it is not there."""
+    path = path.absolute()
+    candidates = [path]
+    if path.parent.name == "checkpoints":
+        candidates.append(path.parent.parent)
+    if path.name == "model":
+        candidates.append(path.parent)
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
+
+
+def rebuild_policy(trained: Trained, *, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
+    """The policy as it was trained, with the trained weights, in evaluation mode.
+
+    Raises:
+        ValueError: the base model cannot be read, or the weights do not fit it.
+    """
+    with _hint_at_base_model():
+        policy = build_policy(trained.model, seed=trained.seed, device=device)
+    if trained.kind == "checkpoint":
+        parameters = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        weights = read_weights(trained.path)
+        _check_fit(trained.path, weights, parameters)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+    return policy.eval()
+
+
+def export(trained: Trained, output: Path, *, merge: bool, dtype: torch.dtype | None = None, command: str = "") -> str:
+    """Write `output` and return the sentence that says how it compares with the policy.
+
+    Args:
+        merge: write a whole model; else the adapter.
+        dtype: of the written weights; None keeps the dtype of training.
+
+    Raises:
+        ValueError: `output` already holds files, or there is no adapter to write.
+        WrongLogits: the reloaded model is not the trained one; nothing is kept.
+    """
+    if trained.kind == "model":
+        raise ValueError(
+            f"{trained.path} is a whole Hugging Face model already: use it as it is, or name a checkpoint."
+        )
+    if not merge and trained.model.lora_r == 0:
+        raise ValueError(f"{trained.path} holds all weights and no adapter: leave out no_merge.")
+    if not merge and trained.model.from_scratch:
+        raise ValueError(f"the base of {trained.path} is random and kept nowhere: leave out no_merge.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} already holds files: remove it, or give another output.")
+    with _hint_at_base_model():
+        tokenizer = build_tokenizer(trained.model)
+    policy: Any = rebuild_policy(trained)
+    expected = logits_of(policy)
+    effect = ""
+    if trained.model.lora_r:  # in low precision only an effect well above the limit shows that the adapter is in
+        with policy.disable_adapter():
+            moved = (logits_of(policy) - expected).square().mean().sqrt() / expected.std()
+        effect = f"; the adapter moves them by {float(moved):.2g}"
+    card = {
+        "base_model": trained.model.model_id,
+        "loop": trained.loop or "",
+        "dataset": trained.dataset or "",
+        "command": command,
+        "settings": {"checkpoint": trained.path.name, "step": trained.step, "lora_r": trained.model.lora_r},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as temporary:
+        folder = Path(temporary) / output.name
+        export_model(policy, tokenizer, folder, merge=merge, card=card, dtype=dtype)
+        dtypes = {parameter.dtype for parameter in policy.parameters() if parameter.is_floating_point()}
+        coarsest = max(dtypes | set(_compute_dtypes(policy)) | ({dtype} if dtype else set()), key=LIMITS.__getitem__)
+        base = None if merge else policy.get_base_model()
+        quantisation = getattr(base.config, "quantization_config", None) if base is not None else None
+        del policy, base  # one model at a time
+        reloaded = reload_folder(folder, trained.model, adapter=not merge, quantisation=quantisation)
+        sentence = compare_logits(expected, logits_of(reloaded), LIMITS[coarsest], coarsest)
+        shutil.rmtree(output, ignore_errors=True)  # an empty folder
+        folder.rename(output)
+    return sentence + effect
+
+
+def reload_folder(folder: Path, model: ModelConfig, *, adapter: bool, quantisation: Any) -> nn.Module:
+    """The written folder as its users load it: plain transformers, or peft on the base as it was trained."""
+    from transformers import AutoModelForCausalLM
+
+    trust = model.trust_remote_code
+    if not adapter:
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
+    from peft import PeftModel
+
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(
+        settings["base_model_name_or_path"],
+        revision=settings.get("revision"),
+        dtype=resolve_dtype(model, "cpu"),
+        quantization_config=quantisation,
+        trust_remote_code=trust,
+    )
+    reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    layers: Any = reloaded.modules()
+    for layer in layers:  # bitsandbytes' shortcuts for evaluation on CPUs round more than training did
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        elif type(layer).__name__ == "Linear8bitLt":
+            layer.train()
+    return reloaded
+
+
+def logits_of(model: Any) -> Tensor:
+    """Logits of a few random tokens, the same for every model of one vocabulary; [B, T, V] in at least float32."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(0, vocabulary, SHAPE_COMPARED, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(tokens).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def compare_logits(expected: Tensor, found: Tensor, limit: float, dtype: torch.dtype) -> str:
+    """The sentence that says how far two models' logits [B, T, V] lie apart.
+
+    Raises:
+        WrongLogits: further than `limit`, as a root mean square over the standard deviation of `expected`.
+    """
+    difference = found - expected
+    error = float(difference.square().mean().sqrt() / expected.std())
+    words = str(dtype).removeprefix("torch.")
+    sentence = (
+        f"logits of {expected.shape[0] * expected.shape[1]} tokens: root mean square difference {error:.2g} of their "
+        f"spread (limit {limit:g} for {words}), largest {float(difference.abs().max()):.2g}"
+    )
+    if not error <= limit:  # not a number is no agreement either
+        raise WrongLogits(f"the reloaded model is not the trained one, and nothing was kept: {sentence}.")
+    return sentence
+
+
+def _read_checkpoint(path: Path, base_model: str | None) -> Trained:
+    """A checkpoint with the settings of its run folder, else with those in its own state."""
+    manifest, state = read_manifest(path), read_state(path)
+    run = run_folder_of(path)
+    settings = dict(read_file(str(run / "config.yaml"))) if run else {}
+    model = state.get("model") or settings.get("model")
+    if model is None and base_model is None:
+        raise ValueError(f"{path} has no run folder around it: name its base with base_model.")
+    if model is None and manifest["kind"] != "full":
+        raise ValueError(
+            f"{path} holds an adapter without its settings (alpha, rank, modules): put it back into its run folder, "
+            f"whose config.yaml has them."
+        )
+    config = _model_config(model, path) if model else ModelConfig(lora_r=0)
+    if base_model:
+        if Path(config.model_id, "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path} continues the adapter {config.model_id}: leave out base_model, and correct "
+                f"base_model_name_or_path in its adapter_config.json where its base has moved."
+            )
+        config = replace(config, model_id=base_model, revision=None)
+    if model is None:
+        return _trained(path, "checkpoint", config, state, {}, dtype=_main_dtype(read_weights(path)))
+    return _trained(path, "checkpoint", config, state, settings, dtype=resolve_dtype(config, manifest["device"]))
+
+
+def _read_export(path: Path, base_model: str | None) -> Trained:
+    """A folder in Hugging Face's format: an adapter with the settings of its run, else as it says itself."""
+    if base_model and (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} names its base itself: leave out base_model, and correct base_model_name_or_path in its "
+            f"adapter_config.json where the base has moved."
+        )
+    run = run_folder_of(path)
+    settings = dict(read_file(str(run / "config.yaml"))) if run else {}
+    config = _model_config(settings["model"], run) if run and "model" in settings else ModelConfig()
+    adapter = path / "adapter_config.json"
+    kind = "adapter" if adapter.is_file() else "model"
+    device = "cpu"
+    if run and (run / "provenance.json").is_file():
+        device = json.loads((run / "provenance.json").read_text())["device"]
+    dtype = resolve_dtype(config, device)
+    rank = json.loads(adapter.read_text())["r"] if kind == "adapter" else 0
+    if rank:
+        config = replace(config, model_id=str(path), from_scratch=False, lora_r=rank)
+    else:
+        config = ModelConfig(model_id=str(path), lora_r=0, trust_remote_code=config.trust_remote_code)
+    return _trained(path, kind, config, {}, settings, dtype=dtype)
+
+
+def _trained(
+    path: Path, kind: str, config: ModelConfig, state: Mapping, settings: Mapping, *, dtype: torch.dtype
+) -> Trained:
+    config = replace(
+        config,
+        torch_dtype=str(dtype).removeprefix("torch."),
+        attn_implementation="auto",  # the kernels of the machine that trained may not be here
+        compile=False,
+        gradient_checkpointing=False,
+    )
+    return Trained(
+        path=path,
+        kind=kind,
+        model=config,
+        seed=state.get("seed", settings.get("run", {}).get("seed", 0)),
+        step=state.get("step"),
+        loop=state.get("loop"),
+        dataset=settings.get("data", {}).get("dataset_name"),
+    )
+
+
+def _model_config(section: Mapping[str, Any], where: Path) -> ModelConfig:
+    known = {field.name for field in fields(ModelConfig)}
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise ValueError(f"{where} was written by another version: its model section has {unknown[0]}, unknown here.")
+    return ModelConfig(**section)
+
+
+@contextmanager
+def _hint_at_base_model() -> Iterator[None]:
+    """Errors about the config's `model_id` also say which argument takes its place."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("model_id"):
+            raise
+        raise ValueError(f"{str(error).rstrip('.')} (base_model names another base).") from error
+
+
+def _main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that most numbers have."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in weights.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=counts.__getitem__)
+
+
+def _check_fit(path: Path, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless names and shapes of the trained tensors are those of the rebuilt model."""
+    odd = sorted(weights.keys() ^ parameters.keys())
+    if odd:
+        raise ValueError(
+            f"{path} does not fit the model that its settings describe: {len(odd)} tensors are on one side only, such "
+            f"as {odd[0]}; check base_model."
+        )
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"{path} does not fit the model that its settings describe: {name} is {tuple(weights[name].shape)} "
+                f"there and {tuple(parameter.shape)} here; check base_model."
+            )
+
+
+def _compute_dtypes(model: nn.Module) -> Iterator[torch.dtype]:
+    """Dtypes that quantised layers compute in."""
+    for module in model.modules():
+        dtype = getattr(module, "compute_dtype", None)
+        if isinstance(dtype, torch.dtype):
+            yield dtype
+
+
+def _last_step(run: Path) -> int:
+    """The last step that the run's metrics.jsonl tells of; -1 where there is none."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=-1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0 when the export stands, 1 when its logits are wrong, 2 for what the user can correct."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m launch.export", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("source", nargs="?", metavar="RUN_OR_CHECKPOINT", help="default: the newest checkpoint")
+    parser.add_argument("--base_model", metavar="ID", help="folder or hub id, in place of the run's model_id")
+    parser.add_argument("--checkpoints_dir", metavar="DIR", default="results", help="where to look (results)")
+    parser.add_argument("--output", metavar="DIR", help="default: the source's name with .hf_model or .hf_peft")
+    parser.add_argument("--no_merge", action="store_true", help="write the adapter instead of a whole model")
+    names = ["auto", *(str(dtype).removeprefix("torch.") for dtype in LIMITS)]
+    parser.add_argument("--dtype", choices=names, default="auto", help="of the written weights (auto: as in training)")
+    try:
+        with one_sentence_errors(parser.prog):
+            arguments = parser.parse_args(argv)
+            transformers_logging.disable_progress_bar()
+            trained = find_trained(
+                arguments.source, checkpoints_dir=arguments.checkpoints_dir, base_model=arguments.base_model
+            )
+            suffix = OUTPUTS[arguments.no_merge]
+            beside = trained.path.absolute()
+            output = Path(
+                arguments.output or beside.with_name(beside.name.removeprefix(REPLACED) + suffix)
+            ).expanduser()
+            print(f"{trained.path}: {trained}", flush=True)
+            dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+            command = " ".join([parser.prog, *argv])
+            print(export(trained, output, merge=not arguments.no_merge, dtype=dtype, command=command))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except WrongLogits as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,391 @@
+"""Put a trained model behind a SageMaker endpoint, and take it away again.
+
+    python -m launch.sagemaker.deploy JOB_NAME --instance_type ml.g6e.2xlarge --tool_call_parser hermes
+    python -m launch.sagemaker.deploy s3://bucket/run/output/model/ --quantization fp8 --container lmi
+    python -m launch.sagemaker.deploy runs/sft/model --base_model Qwen/Qwen3-8B     # a LoRA adapter on its base
+    python -m launch.sagemaker.deploy NAME --delete
+
+An endpoint costs its machines by the second from its start until it is deleted, used or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from launch.sagemaker.containers import ADDITIONAL, AMI, ENVIRONMENTS, IMAGES, MODEL, Serving
+from launch.sagemaker.instances import gpus_of
+from launch.sagemaker.limits import check_environment, check_name, check_no_secrets, check_role, check_s3, check_tags
+
+NO_SDK = "the SageMaker SDK is not installed: pip install -e '.[sagemaker]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to serve, and where."""
+
+    name: str | None = None
+    """Name of endpoint, model and served model; left out, plumbline and the time."""
+    instance_type: str = "ml.g6e.2xlarge"
+    """Kind of machine; the default has one L40S of 48 GB."""
+    instance_count: int = 1
+    """Machines, each with a copy of the model."""
+    container: str = "vllm"
+    """vllm or lmi."""
+    base_model: str | None = None
+    """Where the model is an adapter: its base, a hub id or s3:// folder; left out, what the adapter's config names."""
+    lora_rank: int | None = None
+    """Rank of the adapter; left out, it is read from the adapter's config."""
+    quantization: str | None = None
+    """fp8 quantises 16-bit weights when the server starts."""
+    tensor_parallel: int | None = None
+    """GPUs that hold one copy of the model; left out, all of a machine."""
+    max_model_len: int | None = None
+    """Context length: tokens of prompt and completion together."""
+    tool_call_parser: str | None = None
+    """vLLM's parser of the model's tool calls: hermes (Qwen), llama3_json, mistral, ..."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Further variables of the container: SM_VLLM_... or OPTION_..., over ours."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of the endpoint."""
+    subnets: Sequence[str] = ()
+    """VPC subnets of the model."""
+    security_group_ids: Sequence[str] = ()
+    """VPC security groups of the model."""
+    image: str | None = None
+    """Your own serving image; left out, AWS's image of the region."""
+    ami: str = AMI
+    """Machine image: its driver has to fit the container's CUDA."""
+    gpus: int | None = None
+    """GPUs of one instance, for a type that launch/sagemaker/instances.py does not know."""
+
+    def __post_init__(self) -> None:
+        if self.container not in IMAGES:
+            raise ValueError(f"container is `{self.container}`; give vllm or lmi.")
+        count = gpus_of(self.instance_type, self.gpus)
+        if count == 0:
+            raise ValueError(f"instance_type {self.instance_type} has no GPU, and the containers need one.")
+        if self.tensor_parallel is not None and not 1 <= self.tensor_parallel <= count:
+            raise ValueError(f"tensor_parallel is {self.tensor_parallel} and {self.instance_type} has {count} GPU(s).")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"max_model_len is {self.max_model_len}; give 1 or more.")
+        if self.instance_count < 1:
+            raise ValueError(f"instance_count is {self.instance_count}; give 1 or more.")
+        if self.name is not None:
+            check_name(self.name, "name", 58)  # `-base` names the base of an adapter
+        if bool(self.subnets) != bool(self.security_group_ids):
+            raise ValueError("subnets and security_group_ids belong together: give both, or none.")
+        check_environment(self.environment)
+        check_tags(self.tags)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model folder in S3, or one that goes there, and what its files say."""
+
+    place: str
+    """`s3://` folder with a slash at its end, or a local folder."""
+    config: Mapping[str, Any]
+    """config.json, or {}."""
+    adapter: Mapping[str, Any] | None
+    """adapter_config.json of a LoRA adapter, None for a whole model."""
+
+
+def deploy(
+    source: str | Path,
+    *,
+    options: Options | None = None,
+    role: str | None = None,
+    region: str | None = None,
+    wait: bool = True,
+    dry_run: bool = False,
+    session: Any = None,
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Create model, endpoint configuration and endpoint; returns the endpoint's name and the three requests.
+
+    source: name of a finished training job, an `s3://` folder, or a local folder. A folder with an adapter_config.json
+    is a LoRA adapter (a dry run does not look into S3: there `base_model` and `lora_rank` say it). Local folders and
+    adapters are copied to the account's default bucket. With `dry_run` nothing is sent and no credentials are needed.
+
+    Raises ValueError for what would not be served, RuntimeError where the endpoint fails to come up.
+    """
+    options = options or Options()
+    role = check_role(role)
+    try:
+        import boto3
+        from sagemaker.core import image_uris
+    except ImportError:
+        raise ValueError(f"{NO_SDK}.") from None
+    region = region or (session and session.region_name) or os.environ.get("AWS_REGION")
+    region = region or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
+    if not region:
+        raise ValueError("no region: give --region, or set AWS_DEFAULT_REGION.")
+    session = None if dry_run else session or boto3.Session(region_name=region)
+    image = options.image or image_uris.retrieve(
+        **IMAGES[options.container], region=region, image_scope="inference", instance_type=options.instance_type
+    )
+    name = options.name or f"plumbline-{time.strftime('%Y%m%d-%H%M%S')}"
+    weights = find_weights(str(source), session, options)
+    serving, base = plan_serving(weights, options, name)
+    folder = weights.place
+    if serving.lora_rank or not folder.startswith("s3://"):
+        # a bucket that the SDK makes for every account and region
+        folder = f"s3://sagemaker-{region}-{role.split(':')[4]}/plumbline/endpoints/{name}/"
+        inside = f"adapters/{name}/" if serving.lora_rank and options.container == "lmi" else ""  # where LMI looks
+        if session is not None:
+            place_weights(weights.place, folder + inside, session)
+            if serving.lora_rank and options.container == "vllm":
+                put_file(Path(__file__).with_name("serve_adapter.py"), folder, session)
+    requests = build_requests(serving, options, image=image, role=role, folder=folder, base=base)
+    check_no_secrets(requests)
+    if session is None:
+        return name, requests
+    client = session.client("sagemaker")
+    client.create_model(**requests["CreateModel"])
+    client.create_endpoint_config(**requests["CreateEndpointConfig"])
+    client.create_endpoint(**requests["CreateEndpoint"])
+    if wait:
+        wait_for(name, client)
+    return name, requests
+
+
+def find_weights(source: str, session: Any, options: Options) -> Weights:
+    """Where the model's files are: at the source, or in `model/` below it. Raises ValueError where there are none."""
+    if Path(source).is_dir():
+        for folder in (Path(source), Path(source, "model")):
+            files = {name: folder / name for name in ("config.json", "adapter_config.json")}
+            if any(path.is_file() for path in files.values()):
+                read = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
+                return Weights(str(folder), read.get("config.json", {}), read.get("adapter_config.json"))
+        raise ValueError(f"{source} holds no model: neither config.json nor adapter_config.json is in it.")
+    places = [source] if source.startswith("s3://") else []
+    if session is None:
+        if not places:
+            raise ValueError(f"{source}: a dry run looks nothing up; give an s3:// address or a local folder.")
+        check_s3(source, "model")
+        adapter = {"r": options.lora_rank} if options.base_model else None
+        return Weights(source.rstrip("/") + "/", {}, adapter)
+    if not places:
+        places = _places_of_job(source, session)
+    s3 = session.client("s3")
+    for place in [place.rstrip("/") + part for place in places for part in ("/", "/model/", "/output/model/")]:
+        bucket, prefix = check_s3(place, "model")
+        found = {}
+        for name in ("config.json", "adapter_config.json"):
+            key = f"{prefix}/{name}" if prefix else name
+            if s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [{}])[0].get("Key") == key:
+                found[name] = json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+        if found:
+            return Weights(place, found.get("config.json", {}), found.get("adapter_config.json"))
+    raise ValueError(f"{source} holds no model: neither config.json nor adapter_config.json is in {places[0]}.")
+
+
+def _places_of_job(name: str, session: Any) -> list[str]:
+    client = session.client("sagemaker")
+    try:
+        job = client.describe_training_job(TrainingJobName=name)
+    except client.exceptions.ClientError:
+        raise ValueError(f"{name} is neither a folder, an s3:// address nor a training job of this region.") from None
+    if job["TrainingJobStatus"] != "Completed":
+        raise ValueError(f"training job {name} is {job['TrainingJobStatus']}: deploy a completed one.")
+    artifacts = job["ModelArtifacts"]["S3ModelArtifacts"]
+    if artifacts.endswith(".tar.gz"):
+        raise ValueError(f"{artifacts} is compressed: submit with our command, which asks for a folder.")
+    checkpoints = job.get("CheckpointConfig", {}).get("S3Uri")
+    return [artifacts, *([checkpoints] if checkpoints else [])]
+
+
+def plan_serving(weights: Weights, options: Options, name: str) -> tuple[Serving, str | None]:
+    """How the container will serve these weights, and the S3 folder of an adapter's base (None where there is none).
+
+    Raises ValueError for adapters that vLLM does not serve, and for sizes that do not fit the model.
+    """
+    parallel = options.tensor_parallel or gpus_of(options.instance_type, options.gpus)
+    common: dict[str, Any] = {
+        "name": name,
+        "tensor_parallel": parallel,
+        "max_model_len": options.max_model_len,
+        "quantization": options.quantization,
+        "tool_call_parser": options.tool_call_parser,
+    }
+    heads, longest = weights.config.get("num_attention_heads"), weights.config.get("max_position_embeddings")
+    if heads and heads % parallel:
+        raise ValueError(
+            f"the model has {heads} attention heads, which {parallel} GPUs cannot share: set tensor_parallel."
+        )
+    if longest and (options.max_model_len or 0) > longest:
+        raise ValueError(f"max_model_len is {options.max_model_len} and the model was made for {longest} tokens.")
+    if weights.adapter is None:
+        if options.base_model:
+            raise ValueError("base_model is given, but the model is no adapter: leave it out.")
+        return Serving(**common), None
+    for key, what in {"use_dora": "a DoRA adapter", "modules_to_save": "an adapter with whole modules"}.items():
+        if weights.adapter.get(key):
+            raise ValueError(f"this is {what}, which vLLM does not serve: merge it first (merge_weights: true).")
+    rank = options.lora_rank or weights.adapter.get("r")
+    if not rank:
+        raise ValueError("the adapter's rank is not known: give lora_rank.")
+    base = options.base_model or weights.adapter.get("base_model_name_or_path")
+    if not base or base.startswith("/"):
+        raise ValueError(
+            f"the adapter's base is {base}, which no endpoint has: give base_model, a hub id or s3:// folder."
+        )
+    if not base.startswith("s3://"):
+        return Serving(**common, base_model=base, lora_rank=rank), None
+    base = base.rstrip("/") + "/"
+    check_s3(base, "base_model")
+    if options.container == "lmi":  # fetches an s3:// base itself; the mounted folder is the adapters'
+        return Serving(**common, base_model=base, lora_rank=rank), None
+    return Serving(**common, base_model=MODEL, lora_rank=rank, adapter=f"{ADDITIONAL}/adapter"), base
+
+
+def place_weights(place: str, folder: str, session: Any) -> None:
+    """Copy all files of a local or `s3://` folder into an `s3://` folder."""
+    s3 = session.client("s3")
+    if not place.startswith("s3://"):
+        for path in sorted(path for path in Path(place).rglob("*") if path.is_file()):
+            put_file(path, folder + "/".join(path.relative_to(place).parts[:-1]), session)
+        return
+    (source, start), (bucket, prefix) = check_s3(place, "model"), check_s3(folder, "folder")
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=source, Prefix=f"{start}/"):
+        for item in page.get("Contents", []):
+            s3.copy({"Bucket": source, "Key": item["Key"]}, bucket, f"{prefix}/{item['Key'].removeprefix(f'{start}/')}")
+
+
+def put_file(path: Path, folder: str, session: Any) -> None:
+    """Upload one file into an `s3://` folder."""
+    bucket, prefix = check_s3(folder, "folder")
+    session.client("s3").upload_file(str(path), bucket, f"{prefix}/{path.name}")
+
+
+def build_requests(
+    serving: Serving, options: Options, *, image: str, role: str, folder: str, base: str | None
+) -> dict[str, dict[str, Any]]:
+    """The three requests of an endpoint, by operation. `folder` is mounted; with `base` that one is, and it beside."""
+
+    def mounted(uri: str) -> dict[str, Any]:
+        return {"S3Uri": uri, "S3DataType": "S3Prefix", "CompressionType": "None"}
+
+    container: dict[str, Any] = {
+        "Image": image,
+        "Environment": {**ENVIRONMENTS[options.container](serving), **options.environment},
+        "ModelDataSource": {"S3DataSource": mounted(base or folder)},
+    }
+    if base:
+        container["AdditionalModelDataSources"] = [{"ChannelName": "adapter", "S3DataSource": mounted(folder)}]
+    model: dict[str, Any] = {"ModelName": serving.name, "ExecutionRoleArn": role, "PrimaryContainer": container}
+    if options.subnets:
+        model["VpcConfig"] = {
+            "Subnets": list(options.subnets),
+            "SecurityGroupIds": list(options.security_group_ids),
+        }
+    variant = {
+        "VariantName": "AllTraffic",
+        "ModelName": serving.name,
+        "InstanceType": options.instance_type,
+        "InitialInstanceCount": options.instance_count,
+        "ModelDataDownloadTimeoutInSeconds": 1800,
+        "ContainerStartupHealthCheckTimeoutInSeconds": 1800,  # weights are read and kernels compiled before it answers
+        "InferenceAmiVersion": options.ami,
+        "RoutingConfig": {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"},
+    }
+    tags = [{"Key": key, "Value": value} for key, value in {"plumbline": "endpoint", **options.tags}.items()]
+    return {
+        "CreateModel": {**model, "Tags": tags},
+        "CreateEndpointConfig": {
+            "EndpointConfigName": serving.name,
+            "ProductionVariants": [variant],
+            "Tags": tags,
+        },
+        "CreateEndpoint": {"EndpointName": serving.name, "EndpointConfigName": serving.name, "Tags": tags},
+    }
+
+
+def wait_for(name: str, client: Any, *, poll_seconds: float = 15.0) -> None:
+    """Return when the endpoint answers. Raises RuntimeError with SageMaker's reason where it failed."""
+    while True:
+        endpoint = client.describe_endpoint(EndpointName=name)
+        status = endpoint["EndpointStatus"]
+        if status == "InService":
+            return
+        if status not in ("Creating", "Updating", "SystemUpdating"):
+            reason = endpoint.get("FailureReason", f"see the log group /aws/sagemaker/Endpoints/{name}")
+            raise RuntimeError(f"endpoint {name} is {status}: {reason}")
+        time.sleep(poll_seconds)
+
+
+def delete(name: str, *, region: str | None = None, session: Any = None) -> list[str]:
+    """Delete an endpoint, its configuration and its models; returns what was deleted. Weights in S3 stay.
+
+    Raises ValueError where there is no such endpoint.
+    """
+    import boto3
+
+    client = (session or boto3.Session(region_name=region)).client("sagemaker")
+    try:
+        config_name = client.describe_endpoint(EndpointName=name)["EndpointConfigName"]
+    except client.exceptions.ClientError as error:
+        raise ValueError(f"endpoint {name}: {error.response['Error']['Message']}.") from None
+    variants = client.describe_endpoint_config(EndpointConfigName=config_name)["ProductionVariants"]
+    client.delete_endpoint(EndpointName=name)
+    client.delete_endpoint_config(EndpointConfigName=config_name)
+    models = [variant["ModelName"] for variant in variants]
+    for model in models:
+        client.delete_model(ModelName=model)
+    return [f"endpoint {name}", f"configuration {config_name}", *(f"model {model}" for model in models)]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from launch.sagemaker.submit import add_fields
+
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sagemaker.deploy", description="Serve a trained model.", allow_abbrev=False
+    )
+    parser.add_argument("source", help="training job, s3:// folder or local folder; with --delete, an endpoint's name")
+    parser.add_argument("--delete", action="store_true", help="delete the endpoint, its configuration and model")
+    parser.add_argument("--role", help="ARN of the execution role; default SAGEMAKER_ROLE_ARN")
+    parser.add_argument("--region", help="default AWS_REGION, AWS_DEFAULT_REGION, or the AWS profile's")
+    parser.add_argument("--dry_run", action="store_true", help="print the requests as JSON; send nothing")
+    parser.add_argument("--no_wait", action="store_true", help="return before the endpoint answers")
+    add_fields(parser, Options, Path(__file__))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    from launch.sagemaker.submit import pairs_of
+
+    given = vars(build_parser().parse_args(argv))
+    try:
+        if given["delete"]:
+            print("\n".join(f"deleted {what}" for what in delete(given["source"], region=given["region"])))
+            return
+        for name in ("environment", "tags"):
+            given[name] = pairs_of(given[name], name)
+        name, requests = deploy(
+            given["source"],
+            options=Options(**{entry.name: given[entry.name] for entry in fields(Options)}),
+            role=given["role"],
+            region=given["region"],
+            wait=not given["no_wait"],
+            dry_run=given["dry_run"],
+        )
+    except (ValueError, RuntimeError) as error:
+        print(f"deploy: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+    if given["dry_run"]:
+        print(json.dumps(requests, indent=2))
+        return
+    adapter = f" --adapter {name}" if given["container"] == "lmi" and "OPTION_ENABLE_LORA" in str(requests) else ""
+    print(f"{name}\nask it:    python -m launch.sagemaker.invoke {name} 'Hello'{adapter}")
+    print(f"delete it: python -m launch.sagemaker.deploy {name} --delete    (it costs until then)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What travels to the job as its code: the rooms of the house, the config files, and what the user adds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.sagemaker.places import find_places
+
+HOUSE = Path(__file__).resolve().parents[2]
+ROOMS = ("loops", "losses", "data", "configs", "launch")
+LOOPS = ("sft", "dpo", "grpo")
+REQUIREMENTS = "launch/sagemaker/requirements.txt"
+CHANNELS = {"model_id": ("models",), "dataset_name": ("training", "preferences"), "eval_dataset_name": ("validation",)}
+"""Key of the configuration -> the channels that fill it in the job."""
+NOT_SHIPPED = shutil.ignore_patterns(
+    "__pycache__", "*.pyc", ".*", "*.ipynb", "results", "runs", "wandb", "mlruns", "*.egg-info"
+)
+
+
+def loop_of(config: Path, given: str | None = None) -> str:
+    """The loop that a config file is for: `given`, else its first line `# loop: NAME`, else a word of its name.
+
+    Raises ValueError where none of them says it.
+    """
+    if given is None:
+        first = config.read_text(encoding="utf-8").partition("\n")[0]
+        stated = re.match(r"#\s*loop:\s*(\w+)", first)
+        words = [stated[1]] if stated else re.split(r"[^a-z]+", config.stem.lower())
+        named = [loop for loop in LOOPS if loop in words]
+        given = named[0] if len(named) == 1 else None
+    if given is None:
+        raise ValueError(f"{config} does not say which loop it is for: give --loop sft, dpo or grpo.")
+    if given not in LOOPS:
+        raise ValueError(f"loop `{given}` is none: give sft, dpo or grpo.")
+    return given
+
+
+def stage_source(
+    folder: Path, *, configs: Sequence[Path], include: Sequence[Path] = (), requirements: Path | None = None
+) -> list[str]:
+    """Copy everything that the job needs into `folder`; returns the configs' paths in it.
+
+    The rooms keep their places. A config of the house keeps its path, any other goes to `configs/`. Files and folders
+    of `include` (your own rewards, converters) land at the top, from where the job imports them. `requirements`
+    replaces the shipped list. Nothing hidden, no results and no caches travel.
+
+    Raises ValueError for what does not exist, and for names that two files would share.
+    """
+    for room in ROOMS:
+        shutil.copytree(HOUSE / room, folder / room, ignore=NOT_SHIPPED)
+    places = []
+    for config in configs:
+        inside = _is_shipped(config)
+        place = config.resolve().relative_to(HOUSE) if inside else Path("configs", config.name)
+        if not re.fullmatch(r"[\w./-]+", str(place)):
+            raise ValueError(f"config `{config}`: rename the file to letters, digits, `_`, `-` and `.`.")
+        if not inside:
+            if (folder / place).exists():
+                raise ValueError(f"config `{config}`: the project has a {place} already; rename the file.")
+            shutil.copyfile(config, folder / place)
+        places.append(str(place))
+    for path in include:
+        target = folder / path.resolve().name
+        if not path.exists():
+            raise ValueError(f"include `{path}` does not exist.")
+        if target.exists():
+            raise ValueError(f"include `{path}`: the project has a {target.name} already; rename yours.")
+        if path.is_dir():
+            shutil.copytree(path, target, ignore=NOT_SHIPPED)
+        else:
+            shutil.copyfile(path, target)
+    if requirements is not None:
+        shutil.copyfile(requirements, folder / REQUIREMENTS)
+    return places
+
+
+def check_sources(values: Mapping[str, Any], channels: Mapping[str, Any], include: Sequence[str]) -> None:
+    """Raises ValueError where a value of the configuration names a file or a module that the job would not find."""
+    inputs = find_places().base / "input/data"
+    for key, given in CHANNELS.items():
+        value = str(values.get(key) or "")
+        if not value:
+            continue
+        if Path(value).is_relative_to(inputs):  # it means a channel, and our entry leaves it as it is
+            channel = Path(value).relative_to(inputs).parts[0]
+            if channel not in channels:
+                raise ValueError(f"{key} is {value}, and no channel is named `{channel}`: add {channel}=s3://... .")
+        elif not any(name in channels for name in given) and Path(value).exists() and not _is_shipped(Path(value)):
+            raise ValueError(
+                f"{key} is {value}, which the job does not have: give it as a channel, {given[0]}={value}."
+            )
+    functions = [values.get(key) or [] for key in ("reward_functions", "eval_reward", "converter")]
+    for name in [name for value in functions for name in ([value] if isinstance(value, str) else value)]:
+        for module in [part.partition(":")[0].strip() for part in name.split(",") if ":" in part]:
+            top = module.partition(".")[0]
+            here = [path for path in (Path(f"{top}.py"), Path(top)) if path.exists()]
+            if here and top not in ROOMS and not any(Path(path).resolve().stem == top for path in include):
+                raise ValueError(f"`{name}` is in {here[0]}, which the job does not have: add --include {here[0]}.")
+
+
+def _is_shipped(path: Path) -> bool:
+    whole = path.resolve()
+    return whole.is_relative_to(HOUSE) and whole.relative_to(HOUSE).parts[0] in ROOMS

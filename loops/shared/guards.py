@@ -1,0 +1,521 @@
+"""What keeps a run from hanging or going wrong in silence.
+
+`StopRequest`: SIGTERM as a wish that the loop grants between two steps. `Watch`: nobody waits for a dead process for
+ever, and every wait says for whom. `FiniteGuard`: a gradient that is no number names its rows and changes no weight.
+`explain_out_of_memory`: which settings to change, in which order.
+
+Legend: a process is called by its rank; its position is what it does, as (step, what), and how many positions it had
+before (all ranks go through the same ones, so a smaller number means: behind).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TERMINATED = 128 + signal.SIGTERM  # exit code of a process that SIGTERM ended
+HURRIED = 6.0  # seconds of silence that are enough once this process itself is asked to end
+GRACE = 4.0  # seconds left to the main thread, which often gets an error of its own when a peer is gone
+CLOSING = 5.0  # seconds that servers and trackers get to end when the process cannot go on
+POLL = 0.5  # seconds between two looks
+
+
+def end_process(sentence: str, code: int, closers: Sequence[Callable[[], object]] = ()) -> None:
+    """Say `sentence`, call `closers` (5 seconds together at most), leave; works from any thread."""
+
+    def close() -> None:
+        for closer in closers:
+            try:
+                closer()
+            except Exception as error:  # the next one still has to be called
+                os.write(2, f"while ending: {type(error).__name__}: {error}\n".encode())
+        sys.stdout.flush()
+
+    os.write(2, (sentence + "\n").encode())  # not through sys.stderr, whose lock a blocked thread may hold
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(CLOSING)
+    os._exit(code)
+
+
+class StopRequest:
+    """SIGTERM as a wish: `requested` turns true; a second one ends the process at once (exit code 143).
+
+    The ranks must stop after the same step: put `float(stop.requested)` under a name that ends in `_max` into sums that
+    are reduced anyway, and obey the reduced number. The wish is noticed even while the main thread is inside a
+    collective, where Python runs no signal handler. Ctrl-C stays KeyboardInterrupt.
+    """
+
+    def __init__(self, *, say: bool = True, follow_parent: bool = False) -> None:
+        """say: print a line when the wish comes (one rank should). follow_parent: the death of the process that started
+        this one is a wish too: `accelerate launch` of one process passes no signal on."""
+        self.closers: list[Callable[[], object]] = []  # called before a second signal ends the process
+        self._wished = threading.Event()
+        self._say = say
+        self._parent = os.getppid() if follow_parent else None
+        self._handled = self._woken = 0  # signals that Python's handler and the wake-up socket saw; either can lag
+        self._installed = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop; other ranks may not have been."""
+        return self._wished.is_set()
+
+    def install(self) -> None:
+        """Take SIGTERM over until `remove`. Does nothing outside the main thread, where Python allows no handlers."""
+        if self._installed or threading.current_thread() is not threading.main_thread():
+            return
+        self._installed = True
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        hold = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
+        free = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.register_at_fork(before=hold, after_in_parent=free, after_in_child=self._in_child)
+        threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
+
+    def remove(self) -> None:
+        """Put the former handler back."""
+        if self._installed:
+            self._installed = False
+            signal.set_wakeup_fd(self._previous_fd)
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)  # None: it was not set from Python
+            self._writer.close()  # ends the listener
+
+    def _in_child(self) -> None:
+        """A forked worker ends on SIGTERM as ever, and wakes nobody here."""
+        if self._installed:
+            self._installed = False
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one that came since the fork acts now
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._handled += 1
+        self._wished.set()
+        if self._handled > 1:
+            self._quit()
+
+    def _listen(self, reader: socket.socket) -> None:
+        """Count signals as they come, also those for which Python's handler has to wait."""
+        reader.settimeout(POLL)
+        said = False
+        while True:
+            try:
+                received = reader.recv(64)  # one byte a signal: its number
+                if not received:
+                    return reader.close()
+                self._woken += received.count(signal.SIGTERM)
+            except TimeoutError:
+                pass  # nothing came: look at the parent
+            orphaned = self._parent is not None and os.getppid() != self._parent
+            if self._woken or orphaned:
+                self._wished.set()
+            if self.requested and self._say and not said:
+                said = True
+                reason = "the process that started this one is gone" if orphaned and not self._woken else "SIGTERM"
+                os.write(2, f"{reason}: stopping after this step; another SIGTERM ends the run at once\n".encode())
+            if self._woken > 1:
+                self._quit()
+
+    def _quit(self) -> None:
+        end_process("a second SIGTERM: ending at once, without saving", TERMINATED, self.closers)
+
+
+def group_timeout(collective_timeout: float) -> timedelta:
+    """The process group's own timeout, for `InitProcessGroupKwargs`: it comes after `Watch` has had its say."""
+    return timedelta(seconds=collective_timeout + 60)
+
+
+class Watch:
+    """Ends this process, with one sentence, when it waits for a rank that will not come.
+
+    Two threads. One tells the others through the process group's store that this process lives and where it is, once a
+    second, and reads the same of them; it goes on while the main thread computes or waits. The other judges:
+
+    - a rank whose process is gone (seen at once on one machine), or that ended early, ends the run within seconds;
+    - a rank that was not heard of for `heartbeat_timeout` seconds (stopped, cut off, its machine gone) ends it then;
+      after a SIGTERM 6 seconds are enough, so that nobody waits to save together with the dead;
+    - a rank that lives but is behind is waited for, with a notice every now and then, for `collective_timeout` seconds.
+
+    Only seconds during which this process itself ran count: a suspended job goes on when it is woken.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        heartbeat_timeout: float = 40.0,
+        collective_timeout: float = 1800.0,
+        notice: float = 60.0,
+        stop: StopRequest | None = None,
+        closers: Sequence[Callable[[], object]] = (),
+    ) -> None:
+        """All times in seconds. closers: called before the process is ended (child servers, trackers)."""
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+        self.closers = list(closers)
+        self._heartbeat_timeout, self._collective_timeout = heartbeat_timeout, collective_timeout
+        self._notice = notice
+        self._stop = stop
+        self._running = False
+        self._lock = threading.Lock()
+        self._position = (0, 0, "starting", time.monotonic())  # how many before, step, what, since
+        self._state = "running"  # or "finished", or how it ended early
+        self._peers = {rank: _Peer(rank) for rank in range(self.size) if rank != self.rank}
+        self._pause = max(1.0, self.size / 64)  # between two beats; the store answers size x size records in this time
+        self._unanswered = 0.0  # seconds since the store last answered
+        self._store_error = ""
+
+    def start(self) -> None:
+        """Begin; on every rank, right after the process group exists. With one process nothing happens."""
+        if self.size == 1 or self._running:
+            return
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        shared: Any = _get_default_store()  # the main thread may hold its connection: take another one
+        self._store = PrefixStore("watch", shared.clone())
+        self._store.set_timeout(timedelta(seconds=self._collective_timeout))
+        for rank, (place, pid) in enumerate(gather_object([(_PLACE, os.getpid())])):
+            if rank != self.rank and place == _PLACE is not None:
+                self._peers[rank].pid = pid
+        self._running, self._wake = True, threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._beating.start()
+        threading.Thread(target=self._judge, daemon=True).start()
+        self._previous_hook, sys.excepthook = sys.excepthook, self._on_error
+        atexit.register(self._leave, "its own error is above")
+
+    def at(self, step: int, what: str) -> None:
+        """Say where this process is: `what` names a phase or a wait. Every rank must call it alike; costs nothing."""
+        self._position = (self._position[0] + 1, step, what, time.monotonic())
+
+    def stop(self) -> None:
+        """End well: from here on this process may be silent. Call it after the last exchange, on every rank."""
+        if self._running:
+            sys.excepthook = self._previous_hook
+            atexit.unregister(self._leave)
+            self._leave("")
+
+    def _leave(self, reason: str) -> None:
+        if self._state == "running":
+            self._state = f"ended early ({reason})" if reason else "finished"
+        self._running = False
+        self._wake.set()
+        self._beating.join(2.0)  # it tells the others
+
+    def _on_error(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """The error's traceback, as ever, and after it which rank is missing, if the error came from that."""
+        self._previous_hook(kind, error, trace)
+        self._state = f"ended early ({traceback.format_exception_only(kind, error)[-1].strip()[:200]})"
+        self._wake.set()
+        until = time.monotonic() + GRACE
+        while issubclass(kind, RuntimeError) and self._running and time.monotonic() < until:  # as torch's all are
+            time.sleep(0.2)
+            with self._lock:
+                for peer in self._peers.values():
+                    peer.look(0.2)
+            missing = self._missing(silence=2.5 * self._pause, grace=0.0)
+            if missing:
+                os.write(2, (self._sentence(missing) + "\n").encode())
+                break
+
+    # The thread that talks to the store.
+
+    def _beat(self) -> None:
+        number = 0
+        while True:
+            number += 1
+            ending = not self._running
+            before, step, what, since = self._position
+            record = {"beat": number, "before": before, "step": step, "what": what, "state": self._state}
+            record["since"] = time.monotonic() - since
+            try:
+                self._store.set(str(self.rank), json.dumps(record))
+                if ending:
+                    return
+                for peer in self._peers.values():
+                    peer.known = peer.known or self._store.check([str(peer.rank)])
+                known = [peer for peer in self._peers.values() if peer.known]
+                texts = self._store.multi_get([str(peer.rank) for peer in known]) if known else []
+            except RuntimeError as error:  # torch's name for a lost connection
+                self._store_error = str(error).splitlines()[0]
+                return
+            with self._lock:
+                self._unanswered = 0.0
+                for peer, text in zip(known, texts, strict=True):
+                    peer.hear(json.loads(text))
+            self._wake.wait(self._pause)
+            self._wake.clear()
+
+    # The thread that judges; it never touches the store, which may be what does not answer.
+
+    def _judge(self) -> None:
+        before, waited, notice, last = -1, 0.0, self._notice, time.monotonic()
+        while self._running:
+            time.sleep(POLL)
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * POLL), now  # less where this process itself was stopped
+            if self._position[0] != before:
+                before, waited, notice = self._position[0], 0.0, self._notice
+            waited += passed
+            with self._lock:
+                self._unanswered += passed
+                for peer in self._peers.values():
+                    peer.look(passed)
+                behind = [peer for peer in self._peers.values() if peer.before < before and peer.state == "running"]
+            hurried = self._stop is not None and self._stop.requested
+            silence = min(HURRIED, self._heartbeat_timeout) if hurried else self._heartbeat_timeout
+            missing = self._missing(silence, GRACE)
+            if not missing and waited > self._collective_timeout:
+                missing = [f"{peer.describe()}, waited for {waited:.0f} s (collective_timeout)" for peer in behind]
+            if missing and self._running:
+                for peer in self._peers.values():
+                    peer.kill_if_stopped(silence)
+                end_process(self._sentence(missing), TERMINATED if hurried else 1, self.closers)
+            first = all(rank in [peer.rank for peer in behind] for rank in range(self.rank))  # one speaks for all
+            if behind and first and waited > notice:
+                notice *= 2
+                who = "; ".join(peer.describe() for peer in behind)
+                os.write(2, f"{self._here()}, has waited {waited:.0f} s for {who}\n".encode())
+
+    def _missing(self, silence: float, grace: float) -> list[str]:
+        """Those who will not come, described; the store too, without which nobody's silence means anything."""
+        with self._lock:
+            stalled = bool(self._store_error) or self._unanswered > 3 * self._pause
+            peers = [peer for peer in self._peers.values() if peer.is_missing(math.inf if stalled else silence, grace)]
+            if not peers and stalled and self._unanswered > (grace if self._store_error else silence):
+                peers = [peer for peer in self._peers.values() if peer.process == "T"]
+                if not peers:
+                    error = f": {self._store_error}" if self._store_error else ""
+                    silent = f"without an answer for {self._unanswered:.0f} s{error}"
+                    return [f"the store that rank 0 or its launcher keeps ({silent})"]
+            return [peer.describe() for peer in peers]
+
+    def _here(self) -> str:
+        _, step, what, _ = self._position
+        return f"rank {self.rank} at step {step}, {what}"
+
+    def _sentence(self, missing: list[str]) -> str:
+        return f"{self._here()}: cannot go on without {'; '.join(missing)}; the run ends here."
+
+
+class _Peer:
+    """What this process knows of another one."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.known = False  # whether it has written to the store
+        self.state = "running"
+        self.before = -1  # positions it had before the present one; behind everybody until it is heard of
+        self.silent = 0.0  # seconds without a sign
+        self.gone = self.left = 0.0  # seconds since its process was seen gone, since it said that it ended early
+        self.pid: int | None = None  # where its process can be seen from here
+        self.process = ""  # state letter of that process
+        self.record: dict[str, Any] = {}
+
+    def hear(self, record: dict[str, Any]) -> None:
+        """Take its newest record."""
+        if record["beat"] != self.record.get("beat"):
+            self.record, self.state, self.before, self.silent = record, record["state"], record["before"], 0.0
+
+    def look(self, passed: float) -> None:
+        """Look at its process, if it runs on this machine; `passed` seconds after the last look."""
+        if self.pid is not None:
+            self.process = _process_state(self.pid)
+        self.silent += passed
+        self.gone = self.gone + passed if self.process in ("gone", "Z", "X") and self.state == "running" else 0.0
+        self.left = self.left + passed if self.state.startswith("ended") else 0.0
+
+    def is_missing(self, silence: float, grace: float) -> bool:
+        """Whether it will not come: ended, gone, or silent for `silence` seconds though not seen alive."""
+        if self.state == "finished":
+            return False
+        computes = self.process in ("R", "S", "D", "t")  # but keeps Python's lock, or a debugger (t) looks at it
+        ended = max(self.gone, self.left)
+        return ended > grace or (self.silent > silence and not computes)
+
+    def kill_if_stopped(self, silence: float) -> None:
+        """End its process if SIGSTOP holds it, on this machine: it takes no other signal, and the launcher would wait
+        half a minute for it."""
+        if self.pid is not None and self.process == "T" and self.silent > silence:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def describe(self) -> str:
+        """Who, where and since when."""
+        seen = "its process is stopped" if self.process == "T" else "its process is gone" if self.gone else ""
+        ended = self.state if self.state != "running" else seen
+        if not self.record:
+            return f"rank {self.rank} ({ended + '; ' if ended else ''}never heard of)"
+        place = f"step {self.record['step']}, {self.record['what']}"
+        if self.silent < 3 and not ended:
+            return f"rank {self.rank} (at {place}, since {self.record['since'] + self.silent:.0f} s)"
+        return f"rank {self.rank} ({ended + '; ' if ended else ''}last heard {self.silent:.0f} s ago at {place})"
+
+
+def _place() -> str | None:
+    """Names the machine and its process numbers, or None where /proc does not tell; two ranks see each other's
+    processes only where these agree."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+_PLACE = _place()
+
+
+def _process_state(pid: int) -> str:
+    """R, S or D for a process that lives, t in a debugger, T stopped, Z dead but not yet collected, or `gone`."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    except OSError:
+        return ""  # not for us to see
+
+
+class FiniteGuard:
+    """Keeps gradients that are no numbers out of the weights, and names the rows that they came from.
+
+    The good case costs one look at the gradient's norm, a number that the step computes anyway and that is the same on
+    every rank, so all decide alike. The micro-batches' losses stay on the device and are read only in the bad case.
+    """
+
+    def __init__(self, accelerator: Accelerator, on_non_finite: str = "stop", *, patience: int = 10) -> None:
+        """on_non_finite: `stop` the run, or `skip` the optimizer step; `patience` such steps in a row stop it too."""
+        if on_non_finite not in ("stop", "skip"):
+            raise ValueError(f"on_non_finite is {on_non_finite!r}; give stop or skip.")
+        self.skipped = 0  # optimizer steps, since this process started
+        self._accelerator, self._on_non_finite, self._patience = accelerator, on_non_finite, patience
+        self._in_a_row = 0
+        self._seen: list[tuple[Tensor, Sequence[int]]] = []
+        self._complete = False
+
+    def seen(self, loss: Tensor, rows: Sequence[int]) -> None:
+        """Remember a micro-batch of the present step: its loss (scalar, detached here) and its rows' ids."""
+        if self._complete:
+            self._seen, self._complete = [], False
+        self._seen.append((loss.detach(), rows))
+
+    def may_step(self, step: int, grad_norm: Tensor | float) -> bool:
+        """Whether the optimizer may step. Raises FloatingPointError, on every rank, where the run is to stop.
+
+        step: number for the message; grad_norm: global norm before clipping, equal on every rank.
+        """
+        self._complete = True
+        norm = float(grad_norm)
+        if math.isfinite(norm):
+            self._in_a_row = 0
+            return True
+        sentence = self.explain(step, f"the gradient's norm is {norm}")
+        if self._on_non_finite == "stop":
+            raise FloatingPointError(f"{sentence}; nothing was updated (on_non_finite: skip leaves such steps out).")
+        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+        if self._in_a_row >= self._patience:
+            raise FloatingPointError(f"{sentence}; that is {self._in_a_row} steps in a row, so the run has diverged.")
+        if self._accelerator.is_main_process:
+            print(f"{sentence}; this step is skipped", file=sys.stderr, flush=True)
+        return False
+
+    def explain(self, step: int, what: str) -> str:
+        """The sentence that names step, ranks and rows; every rank must call it, since they tell each other."""
+        mine = [(float(loss), list(rows)) for loss, rows in self._seen]
+        everywhere = gather_object([mine])  # [ranks][micro-batches] of (loss, rows)
+        bad = [
+            f"rank {rank} has loss {loss} on rows {_shown(rows)}"
+            for rank, micro in enumerate(everywhere)
+            for loss, rows in micro
+            if not math.isfinite(loss)
+        ]
+        if bad:
+            return f"step {step}: {what}; {'; '.join(bad)}"
+        rows = [f"rank {rank}: {_shown(sum((r for _, r in micro), []))}" for rank, micro in enumerate(everywhere)]
+        return f"step {step}: {what} though every loss is finite; the step's rows: {'; '.join(rows)}"
+
+
+def _shown(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - 64} more" if len(rows) > 64 else ""
+    return ", ".join(map(str, rows[:64])) + more
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError, settings: dict[str, Any], *, num_processes: int = 1) -> str:
+    """Which settings to change, best first, given the values of this run.
+
+    settings: the run's config as a mapping of sections. What leaves the result as it is comes before what changes it.
+    The place of the error decides what comes first: reading weights, sampling, or the update.
+    """
+    values: dict[str, Any] = {}
+    for name, section in settings.items():
+        values |= section if isinstance(section, dict) else {name: section}
+    places = [(Path(f.filename).as_posix(), f.name) for f in traceback.extract_tb(error.__traceback__)]
+    sampling = any("/rollout/" in file or name == "sample_batch" for file, name in places)
+    loading = any(name in ("build_policy", "build_reference", "prepare") for _, name in places)
+
+    advice: list[tuple[str, object, str]] = []  # key, new value, why
+
+    def advise(condition: bool, key: str, value: object, why: str = "") -> None:
+        if condition and key in values:
+            advice.append((key, value, why))
+
+    def half(key: str, least: int) -> None:
+        advise((values.get(key) or 0) > least, key, max(least, (values.get(key) or 0) // 2))
+
+    rows = values.get("per_device_train_batch_size") or 1
+    weights = values.get("lora_r") == 0  # all of them are trained
+    if sampling:
+        share = values.get("vllm_gpu_memory_utilization")
+        if share:
+            advise(share > 0.3, "vllm_gpu_memory_utilization", round(share - 0.1, 2))
+        batch = values.get("max_decode_batch") or rows * (values.get("gradient_accumulation_steps") or 1)
+        advise(batch > 1, "max_decode_batch", max(1, batch // 2), "fewer completions at a time, the same tokens")
+        half("prefill_token_budget", 2048)
+    if not loading and not sampling:
+        half("max_tokens_per_batch", 1024)
+        if not values.get("max_tokens_per_batch") and rows > 1:
+            advise(True, "per_device_train_batch_size", rows // 2)
+            if not values.get("train_batch_size"):  # which fixes the step's rows by itself
+                steps = values.get("gradient_accumulation_steps") or 1
+                advise(True, "gradient_accumulation_steps", 2 * steps, "the step keeps its rows")
+        advise(not values.get("gradient_checkpointing"), "gradient_checkpointing", "true", "about a third more time")
+        advise(not values.get("activation_offloading"), "activation_offloading", "true", "slower")
+    sharded = bool(values.get("fsdp"))
+    advise(num_processes > 1 and not sharded, "fsdp", "full_shard", f"weights over {num_processes} processes")
+    advise(weights, "lora_r", 32, "adapters instead of all weights: another training")
+    quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
+    advise(not quantised, "load_in_4bit", "true", "with lora_r above 0")
+    advise(sharded and not values.get("cpu_offload"), "cpu_offload", "true", "much slower")
+    if not loading:
+        half("max_completion_length", 64)
+        half("max_seq_length", 256)
+    listed = ", ".join(
+        f"{number}. {key}: {value} (now {str(values[key]).lower() if isinstance(values[key], bool) else values[key]}"
+        f"{'; ' + why if why else ''})"
+        for number, (key, value, why) in enumerate(advice, 1)
+    )
+    place = "reading the weights" if loading else "sampling" if sampling else "training"
+    first = str(error).split(". GPU")[0].split("\n")[0].rstrip(".")
+    todo = f"change, in this order: {listed}" if listed else "nothing is left to save: take more or larger GPUs"
+    return f"out of GPU memory while {place} ({first}); {todo}."

@@ -24,18 +24,17 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from loops.shared.checkpoint_folder import (
@@ -48,7 +47,7 @@ from loops.shared.checkpoint_folder import (
     STATE,
     TEMPORARY,
     WEIGHT,
-    best_checkpoint,
+    agreed_manifest,
     clear_leftovers,
     compare_checksums,
     extra_file,
@@ -65,6 +64,7 @@ from loops.shared.checkpoint_folder import (
     stored_tensors,
     whole_checkpoints,
 )
+from loops.shared.models import reshard
 from loops.shared.optimizer_state import put_back, take_apart
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ if TYPE_CHECKING:
 __all__ = [  # what others use of both files
     "NotSaved",
     "Saver",
-    "best_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
     "read_extra",
@@ -102,6 +101,10 @@ class Saver:
     The thread works on copies in host memory (kept for the next save: they cost this rank's share of a checkpoint) and
     talks to other ranks through files only, so its work cannot get between the training's collectives. Rank 0 waits for
     the others' files as long as they grow, `deadline` seconds beyond (20 once its main thread has ended).
+
+    Ranks that do not see rank 0's folder (other machines without a shared disk) write nothing: while copies are made
+    they send what only they hold to those that do, so that the checkpoint is whole on rank 0's machine, whose host
+    memory must have room for it.
     """
 
     def __init__(self, folder: Path | str, *, accelerator: Accelerator, deadline: float = 300.0):
@@ -134,8 +137,8 @@ class Saver:
         a number is never best). extra: of each rank its own, types that `torch.load(weights_only=True)` reads.
 
         Returns when all is on disk, or with `wait=False` when it is copied; then the next `save` or `wait` waits for
-        the rest and raises its error. The folder must be on storage that all ranks share. Raises NotSaved where the
-        files cannot be written (a full disk), TypeError for a state that is not JSON, ValueError for other bad input.
+        the rest and raises its error. Raises NotSaved where the files cannot be written (a full disk), TypeError for a
+        state that is not JSON, ValueError for other bad input.
         """
         self.wait()
         job: _Job | None = None
@@ -147,12 +150,11 @@ class Saver:
         raise_first(self.accelerator, problem)
         assert job is not None
         self._plan(job)
+        self._stage(job, None if wait else self.buffers)
         if wait:
-            job.planner.take(job.plan, None)
             self._run(job, in_background=False)
             self._raise_failure()
         else:
-            job.planner.take(job.plan, self.buffers)
             name = f"checkpoint {job.final.name}"
             self.thread = threading.Thread(target=self._run, args=(job,), kwargs={"in_background": True}, name=name)
             self.thread.start()
@@ -200,41 +202,74 @@ class Saver:
             manifest["metrics"] = {name: value if math.isfinite(value) else None}
             manifest["best"] = {"metric": name, "greater_is_better": greater}
         final = self.parent / f"{kind}-epoch{int(state.get('epoch', 0)):02d}-step{step:06d}"
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # whole ones, not the shards
         # A shard without elements would only repeat the place of another one.
         tensors = {key: t for key, t in tensors.items() if not (isinstance(t, DTensor) and t.to_local().numel() == 0)}
-        return _Job(final, manifest, keep, blobs, _Planner(tensors), _Writer(self.parent / (TEMPORARY + final.name)))
+        writer = _Writer(self.parent / (TEMPORARY + final.name))
+        return _Job(final, manifest, keep, blobs, size, _Planner(tensors), writer)
 
     def _plan(self, job: _Job) -> None:
-        """Agree on who writes what (tensors that ranks hold alike are shared out), and make the temporary folder."""
+        """Make the temporary folder and agree on who writes what; tensors that ranks hold alike are shared out."""
         main, rank = self.accelerator.is_main_process, self.accelerator.process_index
-        job.planner.set_up_planner(job.planner.tensors, is_coordinator=main)
-        job.writer.set_up_storage_writer(main)
-        local = job.planner.create_local_plan()
-        agreed = self.agreed
-        if not all(gather_object([agreed is not None and agreed.local == local])):
-            agreed = None  # not planned yet, or something has another shape than at the last save
-        plans = [] if agreed else gather_object([local])
-        told: list[Any] = [None, [], 0, None]
+        mark = job.temporary / f"0{REPORT}"  # tells this folder from what a killed run left on another machine's disk
+        told: list[Any] = [None, str(time.time_ns())]
         if main:
             try:
-                if agreed is None:
-                    plans, metadata = job.planner.create_global_plan(plans)
-                    told = [None, job.writer.prepare_global_plan(plans), sum(map(plan_bytes, plans)), metadata]
-                job.bytes = agreed.bytes if agreed else told[2]
                 clear_leftovers(self.parent)
                 job.temporary.mkdir(parents=True)
+                mark.write_text(told[1])
             except Exception as error:
                 told[0] = not_saved(job, error)
-        problem, plans, total, metadata = broadcast_object_list(told)
-        if problem is None and not job.temporary.is_dir():
-            problem = ValueError(
-                f"rank {rank} does not see {job.temporary}, which rank 0 made: set output_dir to storage that all "
-                f"ranks share."
-            )
-        raise_first(self.accelerator, problem)
-        self.agreed = agreed or _Agreed(local, plans[rank], metadata, total)
-        job.plan = job.planner.finish_plan(self.agreed.plan)
-        job.metadata, job.bytes = self.agreed.metadata, self.agreed.bytes
+        problem, token = broadcast_object_list(told)
+        if problem is not None:
+            raise problem
+        sees = False
+        with suppress(OSError):
+            sees = mark.read_text() == token
+        job.writer.set_up_storage_writer(main)
+        local, before = job.planner.create_local_plan(), self.agreed
+        answers = gather_object([(sees, before is not None and before.local == local)])
+        seeing = [one for one, (sees, _) in enumerate(answers) if sees]
+        if before is None or before.seeing != seeing or not all(same for _, same in answers):
+            plans, sent = hand_over(gather_object([local]), seeing)
+            plans, metadata = job.planner.create_global_plan(plans)  # the same on every rank, from the same plans
+            self.agreed = _Agreed(local, seeing, job.writer.prepare_global_plan(plans)[rank], sent, metadata)
+            if main and sent and (before is None or before.seeing != seeing):
+                logger.warning(
+                    "%d of %d ranks, the first of them %d, do not see %s, so checkpoints are gathered and are whole "
+                    "on the machine of rank 0 only: to resume, copy them to every machine",
+                    *(len(sent), len(answers), min(sent), self.parent),
+                )
+        assert self.agreed is not None
+        job.agreed = self.agreed
+
+    def _stage(self, job: _Job, buffers: dict[Any, Tensor] | None) -> None:
+        """Copy what this rank writes into `buffers` (None copies nothing), and bring over what it writes for others.
+
+        One tensor at a time is on its way. Every rank must call this.
+        """
+        rank, device, agreed = self.accelerator.process_index, self.accelerator.device, job.agreed
+        for source, items in agreed.sent.items():
+            target = writer_for(source, agreed.seeing)
+            if rank == source:
+                distributed.send_object_list([job.blobs], target)
+                for item in items:
+                    distributed.send(as_bytes(job.planner.resolve_data(item).to(device)), target)
+            elif rank == target:
+                received: list[Any] = [None]
+                distributed.recv_object_list(received, source)
+                job.blobs |= received[0]
+                for item in items:
+                    wanted: Any = item.tensor_data
+                    piece = torch.empty(wanted.chunk.sizes, dtype=wanted.properties.dtype, device=device)
+                    distributed.recv(as_bytes(piece), source)
+                    job.planner.stage(item, piece, {} if buffers is None else buffers)
+        if buffers is not None:
+            for item in agreed.plan.items:
+                if item.index not in job.planner.staged:
+                    job.planner.stage(item, job.planner.resolve_data(item), buffers)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
 
     def _run(self, job: _Job, in_background: bool) -> None:
         """Write this rank's files; on rank 0 also wait for the others', and give the folder its name."""
@@ -251,38 +286,34 @@ class Saver:
 
     def _write(self, job: _Job) -> None:
         rank, folder = self.accelerator.process_index, job.temporary
-        report: dict[str, Any] = {"error": None}
+        if rank not in job.agreed.seeing:
+            return
         try:
-            report["results"] = job.writer.write_data(job.plan, job.planner).wait()
+            results = job.writer.write_data(job.agreed.plan, job.planner).wait()
             for name, data in job.blobs.items():
                 (folder / name).write_bytes(data)
-            names = {result.storage_data.relative_path for result in report["results"]} | job.blobs.keys()
-            report["files"] = {name: sealed(folder / name) for name in sorted(names)}
+            names = {result.storage_data.relative_path for result in results} | job.blobs.keys()
+            report = {"results": results, "files": {name: sealed(folder / name) for name in names}}
+            if rank != 0:
+                leave_report(folder, rank, report)
+                return
+            reports = {0: report} | self._reports(job)
+            failed = next((report["error"] for report in reports.values() if "error" in report), None)
+            if failed:
+                raise NotSaved(failed)
+            self._publish(job, reports)
         except Exception as error:
-            if self.accelerator.is_main_process:
+            if rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             for path in (*folder.glob(f"__{rank}_*"), *(folder / name for name in job.blobs)):
                 path.unlink(missing_ok=True)  # a full disk then has room for the report
-            report["error"] = str(not_saved(job, error))
             with suppress(OSError):
-                leave_report(folder, rank, report)
-            raise
-        if not self.accelerator.is_main_process:
-            leave_report(folder, rank, report)
-            return
-        try:
-            reports = {0: report} | self._reports(job)
-            failed = next((report["error"] for report in reports.values() if report["error"]), None)
-            if failed:
-                raise NotSaved(failed)
-            self._publish(job, reports)
-        except Exception:
-            shutil.rmtree(folder, ignore_errors=True)
+                leave_report(folder, rank, {"error": str(not_saved(job, error))})
             raise
 
     def _reports(self, job: _Job) -> dict[int, dict[str, Any]]:
-        """The reports of the other ranks, when all are there."""
+        """The reports of the other ranks that write, when all are there."""
         reports: dict[int, dict[str, Any]] = {}
         seen, since = -1, time.monotonic()
         while True:
@@ -293,8 +324,8 @@ class Saver:
                     rank = int(entry.name.removesuffix(REPORT)) if entry.name.endswith(REPORT) else 0
                     if rank and rank not in reports:
                         reports[rank] = pickle.loads(Path(entry.path).read_bytes())
-            missing = sorted(set(range(1, self.accelerator.num_processes)) - reports.keys())
-            if not missing or any(report["error"] for report in reports.values()):
+            missing = sorted(set(job.agreed.seeing) - {0} - reports.keys())
+            if not missing or any("error" in report for report in reports.values()):
                 return reports
             if size != seen:
                 seen, since = size, time.monotonic()
@@ -309,7 +340,7 @@ class Saver:
     def _publish(self, job: _Job, reports: Mapping[int, Mapping[str, Any]]) -> None:
         """Rank 0: metadata, manifest, the rename, and only then the pruning."""
         folder, final = job.temporary, job.final
-        job.writer.finish(job.metadata, [report["results"] for report in reports.values()])
+        job.writer.finish(job.agreed.metadata, [report["results"] for report in reports.values()])
         files = {name: entry for report in reports.values() for name, entry in report["files"].items()}
         files[METADATA] = sealed(folder / METADATA)
         for rank in reports:
@@ -362,9 +393,10 @@ class _Agreed:
     """What the ranks agreed on at the last save; while every rank has the same to write, it holds for the next."""
 
     local: SavePlan  # what this rank has
-    plan: SavePlan  # what of it this rank writes
+    seeing: list[int]  # ranks that see the folder, and write
+    plan: SavePlan  # what this rank writes
+    sent: dict[int, list[WriteItem]]  # what each other rank sends to `writer_for` it
     metadata: Metadata
-    bytes: int  # of all ranks
 
 
 @dataclass
@@ -374,12 +406,11 @@ class _Job:
     final: Path
     manifest: dict[str, Any]
     keep: int
-    blobs: dict[str, bytes]  # this rank's small files
+    blobs: dict[str, bytes]  # small files that this rank writes
+    bytes: int  # of all ranks' tensors
     planner: _Planner
     writer: _Writer
-    plan: SavePlan = field(default_factory=lambda: SavePlan([]))  # what this rank writes
-    metadata: Metadata = field(default_factory=lambda: Metadata({}))
-    bytes: int = 0  # of all ranks
+    agreed: _Agreed = field(init=False)
 
     @property
     def temporary(self) -> Path:
@@ -397,38 +428,45 @@ class _Writer(FileSystemWriter):
 
 
 class _Planner(DefaultSavePlanner):
-    """torch's planner over flat names; the writer gets copies where `take` made them, else the tensors themselves."""
+    """torch's planner over flat names; the writer gets copies where `stage` made them, else the tensors themselves."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.tensors = dict(tensors)
+        self.set_up_planner(dict(tensors))
         self.staged: dict[Any, Tensor] = {}
 
-    def take(self, plan: SavePlan, buffers: dict[Any, Tensor] | None) -> None:
-        """Copy what this rank writes into `buffers`, which are made where they do not fit; None copies nothing."""
-        devices = set()
-        for item in plan.items:
-            tensor: Any = super().resolve_data(item)
-            devices.add(tensor.device)
-            if buffers is None:
-                continue
-            key, on_device = (item.index.fqn, item.index.offset), tensor.device.type != "cpu"
-            buffer = buffers.get(key)
-            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-                buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
-            buffer.copy_(tensor, non_blocking=on_device)
-            self.staged[item.index] = buffer
-        for device in devices:
-            if device.type != "cpu":
-                torch.get_device_module(device).synchronize(device)
+    def stage(self, item: WriteItem, tensor: Tensor, buffers: dict[Any, Tensor]) -> None:
+        """Begin to copy into a buffer in host memory, which is made where none fits."""
+        key, on_device = (item.index.fqn, item.index.offset), tensor.device.type != "cpu"
+        buffer = buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
+        self.staged[item.index] = buffer.copy_(tensor, non_blocking=on_device)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         staged = self.staged.get(write_item.index)
         return super().resolve_data(write_item) if staged is None else staged
 
 
-def plan_bytes(plan: SavePlan) -> int:
-    return sum(item.tensor_storage_size() or 0 for item in plan.items)
+def hand_over(plans: list[SavePlan], seeing: list[int]) -> tuple[list[SavePlan], dict[int, list[WriteItem]]]:
+    """Let only the ranks in `seeing` write: (plans, what each other rank sends to `writer_for` it, each piece once)."""
+    known = {item.index for rank in seeing for item in plans[rank].items}
+    items = [list(plan.items) if rank in seeing else [] for rank, plan in enumerate(plans)]
+    sent: dict[int, list[WriteItem]] = {}
+    for rank in sorted(set(range(len(plans))) - set(seeing)):
+        sent[rank] = [item for item in plans[rank].items if item.index not in known]
+        known |= {item.index for item in sent[rank]}
+        items[writer_for(rank, seeing)] += sent[rank]
+    return [replace(plan, items=own) for plan, own in zip(plans, items, strict=True)], sent
+
+
+def writer_for(rank: int, seeing: list[int]) -> int:
+    return seeing[rank % len(seeing)]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """[bytes] of a tensor, in its own memory where it is contiguous: not every backend sends every dtype."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def packed(value: object) -> bytes:
@@ -475,17 +513,17 @@ def load_checkpoint(
     (the state's `seed`, step, rank), and a warning says so. `read_extra` gives back what the loop saved beside.
 
     Everything is checked before anything is changed. Raises ValueError when the checkpoint is torn (no or false
-    manifest, missing, short or altered file) or foreign (other parameters, shapes, dtypes, optimizer or device). Call
-    it last, after the model, the optimizer and the data loader were built and prepared, since building them draws
-    random numbers.
+    manifest, missing, short or altered file), another or none on some rank's machine, or foreign (other parameters,
+    shapes, dtypes, optimizer or device). Call it last, after the model, the optimizer and the data loader were built
+    and prepared, since building them draws random numbers.
     """
     path = Path(path)
     reshard(model)
     parameters = dict(trainable_parameters(accelerator.unwrap_model(model)))
     rank = accelerator.process_index
+    manifest = agreed_manifest(path, accelerator)
     problem: Exception | None = None
     try:
-        manifest = read_manifest(path)
         if manifest["device"] != accelerator.device.type:
             raise ValueError(
                 f"{path} holds the random state of {manifest['device']} and this run is on {accelerator.device.type}: "
@@ -550,13 +588,6 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield WRAPPERS.sub("", name), parameter
-
-
-def reshard(model: nn.Module) -> None:
-    """Give back what a forward without a backward left gathered: only shards are the parameters of the optimizer."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def raise_first(accelerator: Accelerator, problem: BaseException | None) -> None:

@@ -50,23 +50,24 @@ def find_checkpoint(run_folder: Path | str, resume_from: str, *, accelerator: Ac
 
     `latest` is the newest whole one and `best` the one by the metric it was saved with; both compare checksums, pass
     over torn ones with one warning each, and are None when there is none. With an accelerator every rank must call
-    this: they share the reading, and agree. Raises ValueError when a path is not a whole checkpoint.
+    this: they share the reading, and agree on what rank 0 finds. Raises ValueError when a path is not a whole
+    checkpoint, or when not every rank sees what rank 0 does.
     """
     if resume_from == "none":
         return None
     parent = Path(run_folder) / "checkpoints"
     if resume_from not in ("latest", "best"):
-        read_manifest(Path(resume_from))
+        agreed_manifest(Path(resume_from), accelerator)
         return Path(resume_from)
     is_main = accelerator is None or accelerator.is_main_process
     candidates = whole_checkpoints(parent) if is_main else []
     if resume_from == "best":
-        marker = next((manifest["best"] for _, manifest in candidates if manifest.get("best")), None)
-        candidates = by_metric(candidates, marker["metric"], marker["greater_is_better"]) if marker else []
+        candidates = best_first(candidates)
     if accelerator is not None:
         candidates = broadcast_object_list([candidates])[0]
     rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    for path, manifest in candidates:
+    for path, _ in candidates:
+        manifest = agreed_manifest(path, accelerator)
         problem = None
         try:
             compare_checksums(path, manifest, rank, ranks)
@@ -79,12 +80,6 @@ def find_checkpoint(run_folder: Path | str, resume_from: str, *, accelerator: Ac
         if is_main:
             logger.warning("skipped: %s", problem)
     return None
-
-
-def best_checkpoint(parent: Path, name: str, greater: bool) -> Path | None:
-    """The whole checkpoint in `parent` with the greatest (or least) value of a metric, the oldest of equals."""
-    found = by_metric(whole_checkpoints(parent, warn=False), name, greater)
-    return found[0][0] if found else None
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -132,6 +127,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def agreed_manifest(path: Path, accelerator: Accelerator | None) -> dict[str, Any]:
+    """`read_manifest`, by every rank where there is an accelerator; ValueError where one does not see what rank 0 does.
+
+    Machines without a shared disk may have no copy of a checkpoint, or an older one of the same name.
+    """
+    if accelerator is None:
+        return read_manifest(path)
+    manifest: dict[str, Any] = {}
+    problem = None
+    try:
+        manifest = read_manifest(path)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    answers = gather_object([(problem, manifest.get("saved_at"))])
+    if answers[0][0]:
+        raise ValueError(answers[0][0])
+    other = next((rank for rank, answer in enumerate(answers) if answer != answers[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"rank {other} does not see the checkpoint that rank 0 has in {path}: copy it to every machine, or set "
+            f"output_dir to storage that all machines share."
+        )
+    return manifest
+
+
 def compare_checksums(path: Path, manifest: Mapping[str, Any], rank: int, ranks: int) -> None:
     """Raise ValueError where a file's contents are not those it was written with; of `ranks`, each reads its part."""
     for name, (_, expected) in list(manifest["files"].items())[rank::ranks]:
@@ -143,10 +163,11 @@ def whole_checkpoints(parent: Path, *, warn: bool = True) -> list[tuple[Path, di
     """Checkpoints in `parent` with files of the right size, and their manifests, newest first by the time of writing.
 
     Time and not step: a run that was sent back to an earlier step goes on from what it wrote last. Torn ones are named
-    in a warning. One that was being replaced when its run was killed counts while nothing stands in its place.
+    in a warning, exports beside them (NAME.hf_model) are not. One that was being replaced when its run was killed
+    counts while nothing stands in its place.
     """
     found = []
-    for path in parent.glob("*-step*"):
+    for path in parent.glob("*-step*[0-9]"):
         if path.name.startswith(TEMPORARY):
             continue
         if path.name.startswith(REPLACED) and (parent / path.name.removeprefix(REPLACED)).exists():
@@ -161,10 +182,12 @@ def whole_checkpoints(parent: Path, *, warn: bool = True) -> list[tuple[Path, di
     return sorted(found, key=lambda one: (one[1]["saved_at"], one[1]["step"]), reverse=True)
 
 
-def by_metric(found: list[tuple[Path, dict[str, Any]]], name: str, greater: bool) -> list[tuple[Path, dict[str, Any]]]:
-    """Those that have a value of the metric, best first, of equals the oldest first."""
+def best_first(found: list[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Those that have a value of the metric that the newest with one names; the best first, of equals the oldest."""
+    best = next((manifest["best"] for _, manifest in found if manifest.get("best")), {})
+    name, sign = best.get("metric"), -1 if best.get("greater_is_better") else 1
     having = [one for one in found if one[1].get("metrics", {}).get(name) is not None]
-    return sorted(having, key=lambda one: (one[1]["metrics"][name] * (-1 if greater else 1), one[1]["saved_at"]))
+    return sorted(having, key=lambda one: (one[1]["metrics"][name] * sign, one[1]["saved_at"]))
 
 
 def stored_tensors(path: Path, first: str) -> dict[str, TensorStorageMetadata]:
@@ -196,8 +219,7 @@ def clear_leftovers(parent: Path) -> None:
 def prune(parent: Path, keep: int) -> None:
     """Remove all whole checkpoints but the `keep` newest and the best; one that cannot be removed is named."""
     found = whole_checkpoints(parent, warn=False)
-    marker = next((manifest["best"] for _, manifest in found if manifest.get("best")), None)
-    best = by_metric(found, marker["metric"], marker["greater_is_better"])[:1] if marker else []
+    best = best_first(found)[:1]
     for path, manifest in found[keep:]:
         if (path, manifest) in best:
             continue

@@ -266,9 +266,9 @@ def _joined(parameter: Tensor, parts: Mapping[str, Any]) -> Tensor:
         return _like(parameter, parts["plain"].to(parameter.device))
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    codes, scale = parts["codes"].to(parameter.device), parts["scale"].to(parameter.device)
+    codes, scale = parts["codes"], parts["scale"]
     block = codes.numel() // scale.numel()
-    moment = OptimState8bit.zeros(codes.shape, parts["signed"], block, codes.device, parts["dtype"])
+    moment = OptimState8bit.zeros(codes.shape, parts["signed"], block, parameter.device, parts["dtype"])
     moment.codes.copy_(codes)
     moment.scale.copy_(scale)
     return _like(parameter, moment)

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,6 @@ from loops.shared import checkpoint
 from loops.shared.checkpoint import (
     NotSaved,
     Saver,
-    best_checkpoint,
     find_checkpoint,
     load_checkpoint,
     random_state,
@@ -356,6 +356,21 @@ def test_another_optimizer_or_device_is_refused(accelerator: Accelerator, tmp_pa
         run.load(path)
 
 
+def test_exports_beside_checkpoints_are_passed_over_in_silence(
+    accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`launch.export` writes CHECKPOINT.hf_model and CHECKPOINT.hf_peft, which are neither torn nor pruned."""
+    run = Run(accelerator)
+    path = run.save(tmp_path, 1)
+    exports = [Path(f"{path}{ending}") for ending in (".hf_model", ".hf_peft")]
+    for export in exports:
+        export.mkdir()
+    assert find_checkpoint(tmp_path, "latest") == path
+    new = run.save(tmp_path, 2, keep=1)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == [*exports, new]
+    assert not caplog.records
+
+
 def test_what_resume_from_means(accelerator: Accelerator, tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "none") is None
     assert find_checkpoint(tmp_path, "latest") is None
@@ -386,7 +401,6 @@ def test_the_best_is_kept_besides_the_newest(accelerator: Accelerator, tmp_path:
     run.save(folder, 5, keep=2)  # a save without an evaluation forgets nothing
     assert sorted(int(p.name[-6:]) for p in (folder / "checkpoints").iterdir()) == [2, 4, 5]
     best = find_checkpoint(folder, "best")
-    assert best == best_checkpoint(folder / "checkpoints", "eval/loss", False)
     assert read_manifest(best)["metrics"] == {"eval/loss": 1.0}
     for step, accuracy in enumerate((0.5, 0.7, 0.7, 0.6, 0.1), 1):
         run.save(tmp_path, step, keep=1, best=("eval/accuracy", accuracy, True))
@@ -530,7 +544,7 @@ def on_two(folder: Path) -> None:
     other.load(path)
     assert_same(before, other.whole())
 
-    # One rank's disk is full; one rank writes nothing; one rank sees another folder: all ranks hear of it.
+    # One rank's disk is full; one rank writes nothing: all ranks hear of it.
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -547,9 +561,6 @@ def on_two(folder: Path) -> None:
         checkpoint._Writer.write_data = write
         accelerator.wait_for_everyone()
         assert list((folder / "background" / "checkpoints").iterdir()) == [path]
-    elsewhere = Saver(folder / ("background" if rank == 0 else "elsewhere"), accelerator=accelerator)
-    with expect(ValueError, "rank 1 does not see"):
-        run.begin(elsewhere, 2)
 
     # A byte that only rank 1 compares, and a state that only rank 1 cannot write.
     name = list(read_manifest(path)["files"])[1]
@@ -565,6 +576,90 @@ def on_two(folder: Path) -> None:
     assert find_checkpoint(folder / "background", "latest", accelerator=accelerator) is None
     with expect(ValueError, "extra holds"):
         run.begin(saver, 3, extra={"path": Path("x")} if rank == 1 else None)
+    for kind, optimizer in kinds().items():
+        without_a_shared_disk(accelerator, folder / f"apart-{kind}", kind.removesuffix("-torchao"), optimizer)
+
+
+def on_own_disk(folder: Path, rank: int) -> Path:
+    """The same relative paths are then other places on every machine."""
+    machine = folder / f"machine-{rank}"
+    machine.mkdir(parents=True, exist_ok=True)
+    os.chdir(machine)
+    return machine
+
+
+def without_a_shared_disk(accelerator: Accelerator, folder: Path, kind: str, optimizer) -> None:
+    """Two machines: all is on the first one's disk, nothing on the other's, and copies of it resume to the bit."""
+    rank, run_folder = accelerator.process_index, Path("run")
+    machine = on_own_disk(folder, rank)
+    options: dict = {"kind": kind, "width": NEVER if optimizer else 8, "optimizer": optimizer}
+    straight = Run(accelerator, **options)
+    straight.train(TOTAL)
+    run, saver = Run(accelerator, **options), Saver(run_folder, accelerator=accelerator)
+    with captured() as records:
+        run.train(1)
+        run.save(run_folder, 1, extra={"rank": rank})  # which waits, and stages nothing of its own
+        run.begin(saver, 2)
+        run.train(HALF - 1)
+        before, at_save = run.whole(), run.everything()
+        at_save = torch.load(_bytes(at_save), weights_only=False)
+        path = run.begin(saver, HALF, keep=2, extra={"rank": rank})
+        run.train(1)
+        saver.wait()
+    assert [record.getMessage()[:29] for record in records] == ["1 of 2 ranks, the first of th"] * 2 * (rank == 0)
+    accelerator.wait_for_everyone()
+    if rank == 1:
+        assert not any(machine.iterdir())
+    else:
+        assert len(list(path.parent.iterdir())) == 2
+        assert_same(read_weights(path), {name: before[name] for name in read_weights(path)})
+
+    # The other machine has no checkpoint; then another of that name.
+    run = Run(accelerator, salt=3, **options)
+    new = run.everything()
+    for _ in range(2):
+        for refused in (
+            lambda: find_checkpoint(run_folder, "latest", accelerator=accelerator),
+            lambda: find_checkpoint(run_folder, str(path), accelerator=accelerator),
+            lambda: run.load(path),
+        ):
+            with expect(ValueError, f"rank 1 does not see the checkpoint that rank 0 has in {path}: copy it to"):
+                refused()
+        if rank == 1:
+            shutil.copytree(folder / "machine-0" / "run", machine / "run", dirs_exist_ok=True)
+            edit_manifest(path, saved_at=1)
+    assert_same(new, run.everything())
+
+    # What a new SageMaker job finds: all of the first disk on every machine, with what a kill left there.
+    left_over = path.parent / f".tmp-{path.name[:-1]}4"
+    if rank == 0:
+        left_over.mkdir()
+        (left_over / "0.report").write_text("1")
+    accelerator.wait_for_everyone()
+    if rank == 1:
+        shutil.copytree(folder / "machine-0" / "run", machine / "run", dirs_exist_ok=True)
+    assert find_checkpoint(run_folder, "latest", accelerator=accelerator) == path
+    assert_same([read_extra(path, r) for r in (0, 1)], [{"rank": 0}, {"rank": 1}])
+    run.load(path)
+    assert_same(at_save, run.everything())
+    run.train(TOTAL - HALF)
+    assert_same(straight.everything(), run.everything())
+    path = run.save(run_folder, HALF + 1)
+    assert path.exists() is (rank == 0) and [p.name for p in left_over.glob("*")] == ["0.report"] * (rank == 1)
+
+
+class captured:
+    """`caplog` for a fork."""
+
+    def __enter__(self) -> list[logging.LogRecord]:
+        records: list[logging.LogRecord] = []
+        self.handler = logging.Handler()
+        self.handler.emit = records.append  # type: ignore[method-assign]
+        checkpoint.logger.addHandler(self.handler)
+        return records
+
+    def __exit__(self, *_: object) -> None:
+        checkpoint.logger.removeHandler(self.handler)
 
 
 def evaluate(run: Run) -> None:
@@ -598,6 +693,32 @@ def on_four(folder: Path) -> None:
         with expect(ValueError, "resume on as many processes as wrote it"):
             run.load(find_checkpoint(folder / "uneven", "latest"))
         assert_same(before, run.everything())
+
+    # Two machines of two: only what none of the first machine's ranks holds goes over, each piece once.
+    rank = accelerator.process_index
+    machine = on_own_disk(folder / "two-machines", rank // 2)
+    for kind in ("full", "hybrid", "sharded"):
+        run, saver = Run(accelerator, kind=kind, salt=8), Saver(kind, accelerator=accelerator)
+        run.train(1)
+        before = run.whole()
+        path = run.begin(saver, 1, extra={"rank": rank})
+        saver.wait()
+        sent = {source: len(items) for source, items in saver.agreed.sent.items()}
+        assert sent == {2: 4 * 3 * (kind == "sharded"), 3: 4 * 3 * (kind == "sharded")}, sent
+        if rank < 2:
+            assert_same(read_weights(path), {name: before[name] for name in read_weights(path)})
+            assert [read_extra(path, r)["rank"] for r in range(4)] == [0, 1, 2, 3]
+        accelerator.wait_for_everyone()
+        if rank == 3:
+            assert not any(machine.iterdir())
+            shutil.copytree(folder / "two-machines" / "machine-0" / kind, kind)
+        accelerator.wait_for_everyone()
+        other = Run(accelerator, kind=kind, salt=9)
+        other.load(path)
+        assert_same(before, other.whole())
+        accelerator.wait_for_everyone()
+        if rank == 3:
+            shutil.rmtree(kind)
 
 
 def on_one(folder: Path) -> None:
@@ -665,12 +786,8 @@ def keep_whole(run: Run, folder: Path, rank: int) -> None:
 
 
 def same_whole_after_load(run: Run, reference: Path, folder: Path | None = None, reseeded: bool = True) -> None:
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    checkpoint.logger.addHandler(handler)
-    run.load(find_checkpoint(folder or reference, "latest"))
-    checkpoint.logger.removeHandler(handler)
+    with captured() as records:
+        run.load(find_checkpoint(folder or reference, "latest"))
     assert_same(torch.load(reference / "whole.pt", weights_only=False), run.whole())
     assert len(records) == (reseeded and run.accelerator.is_main_process)
     assert not reseeded or not records or "seeded anew" in records[0].getMessage()

@@ -26,10 +26,12 @@ ALLOWED = {  # room -> what its files may import besides the standard library an
         "huggingface_hub",
     },
     "loops": {"torch", "accelerate", "losses", "data", "configs"},
-    "launch": {"torch", "accelerate", "transformers", "peft", "safetensors", "yaml", "loops", "configs"},
+    "launch": {"torch", "accelerate", "transformers", "peft", "safetensors", "yaml", "loops", "configs", "data"},
 }
-INSIDE_FUNCTIONS = {"bitsandbytes", "flash_attn", "vllm", "mlflow", "wandb", "tensorboard", "rouge_score"}
-SHARED = {"__init__", "run", "models", "policy", "attention", "optim", "weights", "checkpoint", "tracking"}
+INSIDE_FUNCTIONS = {"bitsandbytes", "torchao", "flash_attn", "vllm", "mlflow", "wandb", "tensorboard", "rouge_score"}
+INSIDE_FUNCTIONS |= {"sagemaker", "boto3", "botocore", "moto"}
+SHARED = {"__init__", "run", "models", "policy", "attention", "optim", "offload", "weights", "checkpoint", "tracking"}
+SHARED |= {"sharding", "guards", "checkpoint_folder", "optimizer_state"}
 
 
 def room_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from loops.shared.rollout import Completion, RolloutConfig, Sampling, build_engine
+from loops.shared.rollout.mismatch import explain_mismatch
 from loops.shared.rollout.sampling import choose_tokens, noise_keys, uniform_noise
 from loops.shared.rollout.transformers_engine import TransformersEngine
 
@@ -607,6 +609,81 @@ def test_config_gives_the_sampling() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
-def test_engines_to_come_say_so(engine: str) -> None:
-    with pytest.raises(ValueError, match="set engine to transformers"):
+def test_an_engine_that_is_not_installed_says_how_to_get_it(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="install_vllm_cpu.sh.*set engine to transformers"):
         build_engine(RolloutConfig(engine=engine), build_model(), None)
+
+
+def test_auto_is_the_embedded_engine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert isinstance(build_engine(RolloutConfig(), build_model(), None), TransformersEngine)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9}, "temperature is 0.7 and top_p 0.9"),
+        ({"temperature": 0.7, "top_k": 4}, "temperature is 0.7 and top_k 4"),
+        ({"min_p": 0.1, "top_p": 0.9}, "min_p and top_p"),
+        ({"temperature": 0.001}, "raises to 0.01"),
+    ],
+)
+def test_what_vllm_cannot_sample_or_score_exactly_is_refused(fields: dict[str, float], words: str) -> None:
+    """The embedded engine takes all of it."""
+    RolloutConfig(engine="transformers", **fields)
+    for engine in ("vllm", "vllm-server"):
+        with pytest.raises(ValueError, match=words):
+            RolloutConfig(engine=engine, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"weight_sync": "lora"},
+        {"weight_transfer": "mpi"},
+        {"vllm_dtype": "fp8"},
+        {"num_servers": 0},
+        {"vllm_max_num_seqs": 0},
+        {"vllm_gpu_memory_utilization": 1.0},
+        {"request_timeout": 0.0},
+        {"server_port": -1},
+        {"server_urls": ["localhost:8000"]},
+        {"num_servers": 2, "server_urls": ["http://localhost:8000"]},
+    ],
+)
+def test_vllm_settings_out_of_range_are_named(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        RolloutConfig(**fields)
+
+
+# ---- what a disagreement means ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", ["truncated", "temperature", "dtype", "stale", "tokenizer", "finite"])
+def test_a_mismatch_names_the_worst_token_and_its_likely_cause(cause: str) -> None:
+    """400 tokens drawn from 400 distributions over 50; the sampler's numbers are wrong in one of six ways."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(400, 50)
+    tokens = torch.distributions.Categorical(logits=logits).sample()
+
+    def of(values: torch.Tensor) -> torch.Tensor:
+        return values.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+    scored = of(logits)
+    kept = logits >= logits.gather(-1, tokens[:, None]).minimum(logits.topk(10, -1).values[:, -1:])
+    rounded = scored.clone()
+    rounded[7] += 1.0
+    sampled = {
+        "truncated": of(logits.masked_fill(~kept, -torch.inf)),
+        "temperature": of(logits / 0.6),
+        "dtype": rounded,
+        "stale": of(logits + 0.3 * torch.randn(400, 50)),
+        "tokenizer": of(2 * torch.randn(400, 50)),
+        "finite": scored.masked_fill(torch.arange(400) == 3, torch.nan),
+    }[cause]
+    sentence = explain_mismatch(sampled, scored, tokens, limit=0.05)
+    assert sentence is not None and cause in sentence
+    assert explain_mismatch(scored, scored, tokens, limit=0.05) is None
+    if cause == "dtype":
+        assert f"token {int(tokens[7])} (number 7 of 400)" in sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,10 @@ def build_engine(
     *,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Engine:
-    """The engine that `config.engine` names.
+    """The engine that `config.engine` names. Every process calls this, and before the policy is sharded.
+
+    vLLM's engines take config and tokenizer from here and all weights from syncs: the first `sync` comes before the
+    first `sample`.
 
     Args:
         config: the rollout section.
@@ -30,19 +34,34 @@ def build_engine(
         autocast: makes the context of the trainer's forwards (mixed precision); None is none.
 
     Raises:
-        ValueError: the engine is not there yet.
+        ValueError: vLLM is not installed, or cannot serve the model as configured.
     """
-    if config.engine in ("vllm", "vllm-server"):
-        raise ValueError(
-            f"engine is {config.engine!r}, which is not built yet: set engine to transformers (or auto) for now."
-        )
-    # Here, so that configs can be read without loading transformers.
-    from loops.shared.rollout.transformers_engine import TransformersEngine
+    engine = config.engine
+    if engine == "auto":
+        import torch
 
-    return TransformersEngine(
-        model,
-        tokenizer,
-        max_decode_batch=config.max_decode_batch,
-        prefill_token_budget=config.prefill_token_budget,
-        autocast=autocast,
-    )
+        engine = "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
+    # Here, so that configs can be read without loading transformers.
+    if engine == "transformers":
+        from loops.shared.rollout.transformers_engine import TransformersEngine
+
+        return TransformersEngine(
+            model,
+            tokenizer,
+            max_decode_batch=config.max_decode_batch,
+            prefill_token_budget=config.prefill_token_budget,
+            autocast=autocast,
+        )
+    if not importlib.util.find_spec("vllm") and not (engine == "vllm-server" and config.server_urls):
+        raise ValueError(
+            f"engine is {engine!r} and vLLM is not installed: install the extra vllm (on a CPU: "
+            "launch/install_vllm_cpu.sh), or set engine to transformers."
+        )
+    from loops.shared.rollout.vllm_engine import Served, VllmEngine
+
+    served = Served(config, model, tokenizer, autocast)
+    if engine == "vllm":
+        return VllmEngine(served)
+    from loops.shared.rollout.vllm_server import VllmServerEngine
+
+    return VllmServerEngine(served)

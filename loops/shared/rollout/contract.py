@@ -7,12 +7,16 @@ process or from a server is the engine's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 
 ENGINES = ("auto", "transformers", "vllm", "vllm-server")
+WEIGHT_SYNCS = ("auto", "full", "adapter")
+WEIGHT_TRANSFERS = ("auto", "gloo", "nccl", "ipc", "file")
+VLLM_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +59,36 @@ class Sampling:
             raise ValueError(f"stop_token_ids is {list(self.stop_token_ids)}: token ids are 0 or above.")
 
 
+def check_vllm_sampling(sampling: Sampling) -> None:
+    """Raise ValueError for what vLLM cannot sample, or not score, as the contract says.
+
+    It reports log-probabilities either before everything that shapes the distribution, so at temperature 1, or after
+    all of it, so renormalised over the tokens that a truncation left: exact are truncations at temperature 1, and other
+    temperatures without truncation. It drops tokens below `min_p` first of all, and so has another nucleus.
+    """
+    truncations = [key for key in ("top_p", "top_k", "min_p") if getattr(sampling, key) != (1 if key == "top_p" else 0)]
+    if truncations and sampling.temperature not in (0, 1):
+        raise ValueError(
+            f"temperature is {sampling.temperature} and {truncations[0]} {getattr(sampling, truncations[0])}: vLLM has "
+            "no log-probabilities over the whole vocabulary for both; drop one, or set engine to transformers."
+        )
+    if sampling.min_p and sampling.top_p < 1:
+        raise ValueError(
+            "min_p and top_p together mean different tokens in vLLM: drop one, or set engine to transformers."
+        )
+    if 0 < sampling.temperature < 0.01:
+        raise ValueError(
+            f"temperature is {sampling.temperature}, which vLLM raises to 0.01: set it to 0.01 or above, or 0 (greedy)."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How completions are sampled."""
 
     engine: str = "auto"
-    """`transformers` (in process, the policy's own weights), or auto."""
+    """`transformers` (the policy's own weights), `vllm` (in this process), `vllm-server` (over HTTP), or auto: vllm
+    where it is installed and there is a GPU, else transformers."""
     num_generations: int = 8
     """Completions per prompt: the group of GRPO."""
     max_completion_length: int = 256
@@ -82,9 +110,61 @@ class RolloutConfig:
     prefill_token_budget: int = 16384
     """Prompt tokens (padding included) in one forward of the transformers engine."""
 
+    weight_sync: str = "auto"
+    """What goes to vLLM after each step: `full` weights (adapters merged on the fly), the `adapter` alone (LoRA), or
+    auto: the adapter where vLLM can serve it."""
+    weight_transfer: str = "auto"
+    """How full weights reach a server: `gloo` (network), `nccl` (other GPUs), `ipc` (the same GPUs), `file` (a folder
+    that both see), or auto: nccl when training on a GPU, else gloo."""
+    sync_dir: str | None = None
+    """Folder that trainer and servers both see, for adapters and `weight_transfer: file`; default: a temporary one."""
+    vllm_dtype: str = "auto"
+    """Dtype in which vLLM serves: float32, bfloat16, float16, or auto: what the trainer computes in."""
+    vllm_tensor_parallel_size: int = 1
+    """GPUs (processes of this run, with `engine: vllm`) that share one copy of the model."""
+    vllm_gpu_memory_utilization: float = 0.0
+    """Share of a GPU's memory for vLLM; 0 is 0.3 beside the trainer (`engine: vllm`) and 0.9 for servers."""
+    vllm_kv_cache_gib: float = 0.0
+    """Memory for keys and values, in GiB; 0 is 0.25 on a CPU, and what is left of vLLM's share on a GPU."""
+    vllm_max_model_len: int = 0
+    """Tokens of prompt and completion together; 0 is what the model, or the memory for keys and values, allows."""
+    vllm_max_num_seqs: int = 256
+    """Completions that vLLM decodes at the same time."""
+    vllm_sleep: bool = True
+    """Free vLLM's GPU memory while the policy trains (`engine: vllm` on a GPU)."""
+    server_urls: list[str] = field(default_factory=list)
+    """Servers that are running already (`launch/vllm_server.py` starts one); none: the run starts its own."""
+    num_servers: int = 1
+    """Servers that the run starts, on this machine, when `server_urls` is empty."""
+    server_port: int = 0
+    """Port of the first server that the run starts, the next ones follow; 0 takes free ones."""
+    server_api_key: str | None = None
+    """Key that the servers ask for."""
+    server_timeout: float = 300.0
+    """Seconds that a server may take to start, and to take new weights."""
+    request_timeout: float = 600.0
+    """Seconds that a server may take for the completions of one prompt; then it counts as hung."""
+    check_every: int = 50
+    """Steps between two comparisons of the sampler's and the trainer's log-probabilities (the first step is always
+    compared); 0 compares the first one only."""
+    max_mismatch: float = 0.0
+    """Largest difference of one token's log-probability, in nats, that passes; 0 chooses by dtype."""
+
+    async_level: int = 0
+    """Steps by which sampling may run ahead of training (`engine: vllm-server`): 0 waits for each step's own weights,
+    n trains on samples of weights up to n updates old, corrected by `importance_sampling_cap`."""
+
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine is {self.engine!r}: set it to one of {', '.join(ENGINES)}.")
+        if self.async_level < 0:
+            raise ValueError(f"async_level is {self.async_level}: set it to 0 (off) or to a number of steps.")
+        if self.async_level and self.engine != "vllm-server":
+            raise ValueError(
+                f"async_level is {self.async_level} and engine {self.engine!r}, which samples where the policy trains: "
+                "set engine to vllm-server, or async_level to 0."
+            )
+        self._check_vllm()
         if self.num_generations < 1:
             raise ValueError(f"num_generations is {self.num_generations}: set it to 1 or more completions per prompt.")
         if self.temperature == 0:
@@ -97,6 +177,45 @@ class RolloutConfig:
         if self.prefill_token_budget < 1:
             raise ValueError(f"prefill_token_budget is {self.prefill_token_budget}: set it to 1 or more tokens.")
         self.sampling()
+
+    def _check_vllm(self) -> None:
+        for key, allowed in (
+            ("weight_sync", WEIGHT_SYNCS),
+            ("weight_transfer", WEIGHT_TRANSFERS),
+            ("vllm_dtype", VLLM_DTYPES),
+        ):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is {getattr(self, key)!r}: set it to one of {', '.join(allowed)}.")
+        for key in ("vllm_tensor_parallel_size", "vllm_max_num_seqs", "num_servers"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}: set it to 1 or more.")
+        for key in ("vllm_kv_cache_gib", "vllm_max_model_len", "server_port", "check_every", "max_mismatch"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}: set it to 0 or above.")
+        for key in ("server_timeout", "request_timeout"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}: set it to a number of seconds above 0.")
+        if not 0.0 <= self.vllm_gpu_memory_utilization < 1.0:
+            raise ValueError(
+                f"vllm_gpu_memory_utilization is {self.vllm_gpu_memory_utilization}: set it to 0 (chosen) or below 1."
+            )
+        if self.server_urls and (self.num_servers > 1 or self.server_port):
+            key = "num_servers" if self.num_servers > 1 else "server_port"
+            raise ValueError(f"{key} is for servers that the run starts, and server_urls names running ones: drop one.")
+        for url in self.server_urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"server_urls holds {url!r}: write it as http://HOST:PORT.")
+        if self.engine in ("vllm", "vllm-server"):
+            check_vllm_sampling(self.sampling())
+
+    @property
+    def samples_elsewhere(self) -> bool:
+        """Whether completions come from other kernels, or other weights, than those that score them."""
+        return self.engine in ("vllm", "vllm-server") or self.async_level > 0
+
+    def check_due(self, step: int) -> bool:
+        """Whether the sampler's and the trainer's log-probabilities are compared in step `step`."""
+        return bool(self.check_every) and step % self.check_every == 0 and not self.async_level
 
     def sampling(self) -> Sampling:
         """The sampling of training rollouts; `dataclasses.replace(..., temperature=0)` makes it greedy.
@@ -129,7 +248,7 @@ class Completion:
     text: str
     """The decoded tokens, special tokens left out (no tokenizer: empty)."""
     weight_version: int
-    """The engine's weight version that sampled it."""
+    """The engine's weight version that sampled it: the oldest one, where weights changed on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +263,10 @@ class SyncReport:
     """Bytes sent."""
     seconds: float
     """Wall time from the call until the new weights serve."""
+
+
+Arrived = Callable[[int, list[Completion]], None]
+"""Takes the place of a prompt and its n completions."""
 
 
 class Engine(Protocol):
@@ -161,7 +284,14 @@ class Engine(Protocol):
         ...
 
     def sample(
-        self, prompts: list[list[int]], *, n: int, sampling: Sampling, seed: int, prompt_numbers: list[int]
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        prompt_numbers: list[int],
+        arrived: Arrived | None = None,
     ) -> list[list[Completion]]:
         """Samples n completions of each prompt.
 
@@ -172,6 +302,10 @@ class Engine(Protocol):
             seed: with `prompt_numbers`, the only source of chance: the noise of a token depends on (seed, prompt
                 number, completion 0..n-1, position in the completion), never on the batch or the rank.
             prompt_numbers: P integers that name the prompts, the same on every rank that could draw them.
+            arrived: called, by any thread, with the place of a prompt and its completions when these are whole; engines
+                whose completions end together never call it.
+            arrived: called once for each prompt, from any thread, by engines that finish prompts one by one; others,
+                which have all of them at once, do not call it.
 
         Returns:
             P lists of n completions, in the order of `prompts`.
@@ -179,4 +313,12 @@ class Engine(Protocol):
         Raises:
             ValueError: no prompt numbers for some prompts, or an empty prompt.
         """
+        ...
+
+    def rest(self) -> None:
+        """Nothing is sampled until the next sync: memory that can be given back is."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine started: servers, processes, temporary files."""
         ...

@@ -85,10 +85,23 @@ class TransformersEngine:
         self.weight_version += 1
         return SyncReport(weight_version=self.weight_version, tensors=0, bytes=0, seconds=time.perf_counter() - start)
 
+    def rest(self) -> None:
+        """Nothing to give back: the weights are the policy's."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     def sample(
-        self, prompts: list[list[int]], *, n: int, sampling: Sampling, seed: int, prompt_numbers: list[int]
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        prompt_numbers: list[int],
+        arrived: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Samples n completions of each prompt; see `contract.Engine.sample`.
+        """Samples n completions of each prompt; see `contract.Engine.sample`. They end together: no use of `arrived`.
 
         Raises:
             ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, or stop strings without a

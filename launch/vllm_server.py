@@ -1,0 +1,115 @@
+"""A vLLM server that takes weights from a run of this project, and ends with whoever started it.
+
+    python launch/vllm_server.py --model MODEL --port 8000 --weight-transfer-config '{"backend": "plumbline-nccl"}'
+
+All options are those of vLLM's own server; what training needs besides is switched on here: the routes for weight
+updates and adapters, and token ids in and out. A run connects to it with `--engine vllm-server --server_urls`. It binds
+to loopback unless `--host` says otherwise. A run that starts its own servers calls this file too, with `--parent`: the
+server then ends when that process does, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+_PR_SET_PDEATHSIG = 1
+_SECONDS_TO_STOP = 5.0
+
+
+def environment(base: Mapping[str, str], options: Sequence[str], *, on_cpu: bool, gpus: str | None) -> dict[str, str]:
+    """The server's environment variables: `base`, with what it needs; a value that `base` has stands.
+
+    gpus: numbers among the visible GPUs, comma-separated; None leaves all of them.
+    """
+    needed = {
+        "VLLM_SERVER_DEV_MODE": "1",  # routes for weight updates, pausing and the prefix cache
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    if on_cpu:
+        needed |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads go where the scheduler puts them, beside the trainer's
+            "TORCHDYNAMO_DISABLE": "1",  # else two small functions of the sampler are compiled for many seconds
+        }
+        if not any(option.startswith("--tensor-parallel-size") for option in options):
+            needed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less
+    if any("plumbline-ipc" in option for option in options):
+        needed["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled
+    variables = needed | dict(base)
+    if gpus is not None:
+        visible = base.get("CUDA_VISIBLE_DEVICES")
+        numbers = [int(number) for number in gpus.split(",")]
+        names = visible.split(",") if visible else [str(number) for number in range(max(numbers) + 1)]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[number] for number in numbers)
+    return variables
+
+
+def has_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def end_with_parent() -> None:
+    """Called in a new process: ask Linux to kill it when its parent is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the server until it ends, a signal comes, or the parent is gone; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parent", type=int, help="process whose end ends the server; the API key comes on stdin")
+    parser.add_argument("--gpus", help="numbers of the GPUs to use, comma-separated; default: all")
+    own, options = parser.parse_known_args(argv)
+    variables = environment(os.environ, options, on_cpu=has_cpu_build(), gpus=own.gpus)
+    if own.parent is not None:
+        key = sys.stdin.readline().strip()  # not on the command line, which every user of the machine can read
+        if key:
+            variables["VLLM_API_KEY"] = key
+    if not any(option.split("=")[0] == "--host" for option in options):
+        options = ["--host=127.0.0.1", *options]
+
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: stopped.append(received))
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-scale-out", *options]
+    server = subprocess.Popen(
+        command,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=end_with_parent,
+        start_new_session=own.parent is None,  # else all share the group that the run made, and can end
+    )
+    try:
+        while server.poll() is None and not stopped and own.parent in (None, os.getppid()):
+            time.sleep(0.1)
+        if server.poll() is None:
+            server.terminate()
+            try:
+                server.wait(_SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                print("vllm_server.py: the server does not stop; killing it", file=sys.stderr)
+    finally:
+        status = server.poll()
+        try:
+            # Its workers; in a run they share our group, and we end with them.
+            os.killpg(server.pid if own.parent is None else os.getpgrp(), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return 1 if status is None else status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

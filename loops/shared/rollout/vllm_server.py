@@ -1,0 +1,706 @@
+"""vLLM servers: completions over HTTP, token ids in and out, from one or several servers that serve the same weights.
+
+Rank 0 starts the servers (or connects to running ones), sends weights, and starts again what died; every rank samples
+its own prompts. A request whose server dies, hangs, or comes back with other weights is sent again: each prompt's
+completions are counted once, when they arrive.
+"""
+
+from __future__ import annotations
+
+import atexit
+import http.client
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loops.shared.rollout.contract import Arrived, Completion, Sampling, SyncReport
+from loops.shared.rollout.vllm_engine import Served, one_sentence
+from loops.shared.rollout.weight_transfer import (
+    BroadcastTransport,
+    Bucket,
+    FileTransport,
+    IpcTransport,
+    Transport,
+    base_weights,
+    buckets,
+    free_port,
+    give_up,
+    unwrapped,
+    write_adapter,
+)
+from loops.shared.weights import iter_weights
+
+logger = logging.getLogger(__name__)
+
+_LAUNCHER = Path(__file__).resolve().parents[3] / "launch" / "vllm_server.py"
+_NAME = "policy"
+_POLL_SECONDS = 0.2
+_STARTS = 3
+_LOSSES = 8
+# Straight to the server: a proxy that the machine is set up with is for the world outside.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# What vLLM says of a tensor that it has no place for; sending it again would not help.
+_MISFITS = ("no module or parameter", "left out weights", "exceeds dimension size", "size mismatch", "shape")
+
+
+class ServerLostError(Exception):
+    """The server does not answer, not in time, or not with what it was told to serve: ask again, or elsewhere."""
+
+
+class Server:
+    """One server as this process sees it."""
+
+    def __init__(self, url: str, key: str | None, transport: Transport | None):
+        self.url, self.transport = url.rstrip("/"), transport
+        self.ready = False
+        self.load = 0  # completions under way
+        self.process: subprocess.Popen | None = None
+        self.life = 0  # how often it was started, or found again
+        self.log = Path()
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    def call(self, path: str, body: dict | None = None, *, timeout: float, method: str = "POST") -> Any:
+        """The answer to one request.
+
+        Raises:
+            ServerLostError: no answer, or the engine behind the server has died.
+            RuntimeError: the server refused; its own words.
+        """
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.url + path, data, self._headers, method=method)
+        try:
+            with _OPENER.open(request, timeout=timeout) as answer:
+                text = answer.read().decode()
+                return json.loads(text) if text[:1] in ("{", "[") else text
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            if error.code in (502, 503, 504) or "EngineDead" in text or "EngineCore encountered" in text:
+                raise ServerLostError(f"{self.url}: {text[:200]}") from error
+            if error.code == 401:
+                raise ValueError(f"{self.url} asks for another key: set server_api_key.") from error
+            raise RuntimeError(f"{self.url}{path} answered {error.code}: {_message(text)}") from error
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            raise ServerLostError(f"{self.url}{path}: {type(error).__name__} {error}") from error
+
+    def control(self, timeout: float, method: str, **arguments: Any) -> None:
+        """A call of the weight-update protocol."""
+        self.call(f"/{method}", arguments or None, timeout=timeout)
+
+    def start(self, options: list[str], gpus: str | None, key: str | None, log: Path) -> None:
+        """Starts the process; it ends with this one."""
+        self.log = log
+        self.life += 1
+        log.parent.mkdir(parents=True, exist_ok=True)
+        host, port = self.url.removeprefix("http://").split(":")
+        command = [sys.executable, str(_LAUNCHER), f"--parent={os.getpid()}", f"--host={host}", f"--port={port}"]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, *([f"--gpus={gpus}"] if gpus else []), *options],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=log.parent,  # vLLM must not find our packages in the working directory
+                start_new_session=True,
+            )
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{key or ''}\n".encode())
+        self.process.stdin.close()
+
+    def kill(self) -> None:
+        """Ends the process and all that it started, at once."""
+        self.ready = False
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+
+    def wait_until_up(self, timeout: float) -> None:
+        """Returns once the server answers.
+
+        Raises:
+            ServerLostError: it has not answered in time, or its port was taken meanwhile.
+            ValueError, RuntimeError: it ended; why.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self.call("/health", timeout=5, method="GET")
+                return
+            except ServerLostError:
+                if self.process is not None and self.process.poll() is not None:
+                    raise _why_it_ended(self.log.read_text(errors="replace"), self.log) from None
+                if time.monotonic() > deadline:
+                    raise ServerLostError(f"{self.url} does not answer for {timeout:.0f} s (server_timeout).") from None
+                time.sleep(_POLL_SECONDS)
+
+
+def _message(text: str) -> str:
+    """The error's words in the body of an answer."""
+    try:
+        error = json.loads(text)
+    except json.JSONDecodeError:
+        return text[:500]
+    error = error.get("error", error) if isinstance(error, dict) else error
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+
+
+def _why_it_ended(log: str, path: Path) -> Exception:
+    """What a server's log says about its end."""
+    if "ddress already in use" in log:
+        return ServerLostError("the port was taken by another program")
+    sentence = one_sentence(log)
+    if sentence:
+        return ValueError(sentence)
+    errors = re.findall(r"^.*\b(?:\w+Error|Exception): .+$", log, re.M)
+    last = re.sub(r"^\([^)]*\)\s*", "", (errors or log.strip().splitlines() or ["no output"])[-1]).strip()
+    return RuntimeError(f"a vLLM server ended while starting: {last[:300]} (its log: {path})")
+
+
+class VllmServerEngine:
+    """The engine `vllm-server`. `sample` may run in a thread while the policy trains, and while it is synced."""
+
+    def __init__(self, served: Served):
+        """Starts the servers, or connects to running ones; collective over all processes.
+
+        Raises:
+            ValueError: a port is in use, a server has another model, tokenizer or key, or too little memory.
+        """
+        self.weight_version = 0
+        self._served = served
+        self._config = served.config
+        self._serves = False  # whether the last sync went through
+        self._announced = 0  # newest version that a server may have by now
+        self._snapshot: dict[str, torch.Tensor] = {}  # what was sent last, for servers that come back
+        self._adapters: list[tuple[int, Path]] = []  # (version, folder) of those that servers hold, oldest first
+        self._weights_lock = threading.RLock()  # one writer of weights at a time: sync, or a server that came back
+        self._changed = threading.Condition()  # a server became ready or free, or everything failed
+        self._failure: Exception | None = None
+        self._closing = threading.Event()
+        distributed = torch.distributed.is_initialized()
+        self._rank = torch.distributed.get_rank() if distributed else 0
+        shared: list[Any] = [None]
+        error: Exception | None = None
+        if self._rank == 0:
+            try:
+                shared = [self._open()]
+            except Exception as caught:
+                self.close()
+                error, shared = caught, [str(caught)]
+        if distributed:
+            torch.distributed.broadcast_object_list(shared, src=0)
+        if error is not None:
+            raise error
+        if isinstance(shared[0], str):
+            raise ValueError(shared[0])
+        urls, self._run, self._folder, self.max_model_len = shared[0]
+        if self._rank != 0:
+            self._servers = [Server(url, self._config.server_api_key, None) for url in urls]
+        for server in self._servers:
+            server.ready = True
+        atexit.register(self.close)
+        self._monitor = threading.Thread(target=self._watch, daemon=True, name="vllm-servers")
+        self._monitor.start()
+
+    # ---- starting ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> tuple[list[str], str, Path, int]:
+        """Servers that answer, and what all ranks have to know of them."""
+        config, key = self._config, self._config.server_api_key
+        folder = Path(config.sync_dir).resolve() if config.sync_dir else self._served.folder
+        folder = folder / f"sync-{secrets.token_hex(4)}"
+        self._folder = folder
+        kind = config.weight_transfer
+        if kind == "auto":
+            kind = "gloo" if self._served.device == "cpu" else "ipc" if self._shares_gpus() else "nccl"
+        if kind == "ipc" and config.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                "weight_transfer ipc reaches one GPU, and vllm_tensor_parallel_size is above 1: use nccl or file."
+            )
+        self._servers = []
+        for number in range(len(config.server_urls) or config.num_servers):
+            if config.server_urls:
+                url = config.server_urls[number]
+            else:
+                port = config.server_port + number if config.server_port else free_port()
+                if config.server_port and _in_use(port):
+                    raise ValueError(f"port {port} is in use by another program: change server_port (0: any free one).")
+                url = f"http://127.0.0.1:{port}"
+            host = url.split("//")[1].split(":")[0].split("/")[0]
+            transport: Transport
+            if kind == "file":
+                transport = FileTransport(folder / f"server-{number}")
+            elif kind == "ipc":
+                transport = IpcTransport()
+            else:
+                transport = BroadcastTransport(kind, host=_own_address(host), timeout=config.server_timeout)
+            self._servers.append(Server(url, key, transport))
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            list(pool.map(self._bring_up, range(len(self._servers))))
+        if config.server_urls:
+            for server in self._servers:
+                self._check_identity(server)
+        lengths = [self._models(server)[0]["max_model_len"] for server in self._servers]
+        return [server.url for server in self._servers], secrets.token_hex(4), folder, min(lengths)
+
+    def _bring_up(self, number: int) -> None:
+        """Server `number` answers and is joined to its transport. One of ours is started."""
+        server, config = self._servers[number], self._config
+        assert server.transport is not None
+        if not config.server_urls:
+            options = [f"--served-model-name={_NAME}"]
+            options += [f"--weight-transfer-config={json.dumps({'backend': server.transport.backend})}"]
+            for name, value in self._served.arguments(colocated=False).items():
+                flag = f"--{name.replace('_', '-')}"
+                if name != "tensor_parallel_size" or value > 1:
+                    no = f"--no-{flag[2:]}"
+                    options.append(flag if value is True else no if value is False else f"{flag}={value}")
+            log = self._served.folder / f"server-{number}.log"
+            for attempt in range(_STARTS):
+                server.start(options, self._gpus(number), config.server_api_key, log)
+                try:
+                    server.wait_until_up(config.server_timeout)
+                    break
+                except ServerLostError as error:
+                    server.kill()
+                    if attempt + 1 == _STARTS:
+                        raise RuntimeError(f"a vLLM server could not be started: {error}") from error
+                    if not config.server_port:
+                        server.url = f"http://127.0.0.1:{free_port()}"
+        else:
+            try:
+                server.wait_until_up(10)
+            except ServerLostError as error:
+                raise ValueError(f"server_urls: {server.url} does not answer; start it, or correct it.") from error
+        try:
+            size = server.call("/get_world_size", timeout=30, method="GET")["world_size"]
+            server.transport.open(partial(server.control, config.server_timeout), size)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{server.url} takes no weights ({error}): start it with launch/vllm_server.py and "
+                f'--weight-transfer-config \'{{"backend": "{server.transport.backend}"}}\'.'
+            ) from error
+
+    def _shares_gpus(self) -> bool:
+        return not self._config.server_urls and self._gpus(0) is None
+
+    def _gpus(self, number: int) -> str | None:
+        """The GPUs of server `number`: those after the trainer's; None (shared with it) where they do not suffice."""
+        if self._served.device == "cpu":
+            return None
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        size = self._config.vllm_tensor_parallel_size
+        if torch.cuda.device_count() < world + size * self._config.num_servers:
+            return None
+        first = world + number * size
+        return ",".join(str(gpu) for gpu in range(first, first + size))
+
+    def _models(self, server: Server) -> list[dict]:
+        return server.call("/v1/models", timeout=30, method="GET")["data"]
+
+    def _check_identity(self, server: Server) -> None:
+        """Raise ValueError where a running server serves another model, or reads text otherwise."""
+        name = self._models(server)[0]["id"]
+        try:
+            settings = server.call("/server_info?config_format=json", timeout=60, method="GET")["vllm_config"]
+        except RuntimeError as error:
+            raise ValueError(f"{server.url} has no routes for training: start it with launch/vllm_server.py") from error
+        model = settings["model_config"]
+        wanted = self._served.arguments(colocated=False)
+        for key, mine in (("logprobs_mode", wanted["logprobs_mode"]), ("dtype", str(self._served.dtype))):
+            theirs = str(model[key])
+            if theirs.removeprefix("torch.") != mine.removeprefix("torch."):
+                flag, mine = key.replace("_", "-"), mine.removeprefix("torch.")
+                raise ValueError(f"{server.url} serves with {key} {theirs}, not {mine}: start it with --{flag} {mine}.")
+        if self._served.adapter and not settings.get("lora_config"):
+            raise ValueError(
+                f"{server.url} serves no adapters: start it with --enable-lora --max-loras 2 --max-lora-rank "
+                f"{self._served.lora_rank}, or set weight_sync to full."
+            )
+        probe = "A server's 12 tokens, 3.5% of which: \n\tünïcode?"
+        if self._served.tokenizer is not None:
+            mine = list(self._served.tokenizer(probe, add_special_tokens=False)["input_ids"])
+            asked = {"model": name, "prompt": probe, "add_special_tokens": False}
+            if server.call("/tokenize", asked, timeout=30)["tokens"] != mine:
+                raise ValueError(f"{server.url} has another tokenizer than the run: start it with the run's model_id.")
+        probe = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
+        server.call("/inference/v1/generate", probe, timeout=60)
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+
+    def sync(self, policy: torch.nn.Module) -> SyncReport:
+        """Sends the policy's weights, or its adapter, to all servers; every process calls this.
+
+        Completions under way are frozen, go on with the new weights (their keys and values computed again), and carry
+        the older version. A server that is lost on the way gets everything once it is back.
+
+        Raises:
+            ValueError: vLLM has no place for a tensor, or one is missing.
+            RuntimeError: no server takes the weights.
+        """
+        start = time.perf_counter()
+        policy, served = unwrapped(policy), self._served
+        outcome: list[Any] = [None]
+        with self._weights_lock, torch.no_grad():
+            version = self._announced = self.weight_version + 1
+            tensors = size = 0
+            try:
+                if not served.adapter or not self.weight_version:
+                    stream = base_weights(policy, served.dtype) if served.adapter else None
+                    tensors, size = self._send(stream or iter_weights(policy, dtype=served.dtype), version)
+                if served.adapter:
+                    count, adapter_bytes = self._send_adapter(policy, version)
+                    tensors, size = tensors + count, size + adapter_bytes
+            except (ValueError, RuntimeError) as error:
+                outcome, self._serves = [error], False
+            if torch.distributed.is_initialized():
+                torch.distributed.broadcast_object_list(outcome, src=0)
+            if outcome[0] is not None:
+                raise outcome[0]
+            self.weight_version, self._serves = version, True
+        if self._rank == 0:
+            self._wait_for_one()
+        return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
+
+    def _send(self, stream: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
+        """All of `stream` to all servers, bucket by bucket; the other ranks only help to gather."""
+        tensors = size = 0
+        taking = self._each([s for s in getattr(self, "_servers", ()) if s.ready], self._begin)
+        for bucket in buckets(stream):
+            tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
+            if self._rank == 0:
+                self._remember(bucket)
+                taking = self._each(taking, partial(self._send_bucket, bucket=bucket))
+        if len(self._snapshot) > tensors > 0:
+            raise ValueError(f"{tensors} tensors were sent, and {len(self._snapshot)} before: weights are missing.")
+        self._each(taking, partial(self._finish, version=version))
+        return tensors, size
+
+    def _remember(self, bucket: Bucket) -> None:
+        """Keeps a copy in host memory, for a server that has to be given the same weights later."""
+        for name, tensor in bucket:
+            if name in self._snapshot:
+                self._snapshot[name].copy_(tensor)
+            else:
+                self._snapshot[name] = tensor.to("cpu", copy=True)
+
+    def _each(self, servers: list[Server], action: Any) -> list[Server]:
+        """Does `action` with all servers at once (on rank 0); returns those it worked with.
+
+        One that fails gets everything again from the monitor: a process of ours is killed and started anew.
+
+        Raises:
+            ValueError: a server said that the weights do not fit.
+        """
+        if self._rank != 0 or not servers:
+            return []
+        with ThreadPoolExecutor(len(servers)) as pool:
+            errors = [future.exception() for future in [pool.submit(action, server) for server in servers]]
+        done = []
+        for server, error in zip(servers, errors, strict=True):
+            if error is None:
+                done.append(server)
+            elif isinstance(error, RuntimeError) and any(words in str(error) for words in _MISFITS):
+                give_up(partial(server.control, self._config.server_timeout))
+                raise ValueError(f"vLLM refused the policy's weights: {error}") from error
+            elif isinstance(error, ServerLostError | RuntimeError):
+                self._lose(server, server.life, error)
+            else:
+                raise error
+        return done
+
+    def _begin(self, server: Server) -> None:
+        server.call("/pause?mode=keep&clear_cache=true", timeout=self._config.server_timeout)
+        server.control(self._config.server_timeout, "start_weight_update")
+
+    def _send_bucket(self, server: Server, bucket: Bucket) -> None:
+        assert server.transport is not None
+        server.transport.send(partial(server.control, self._config.server_timeout), bucket)
+
+    def _finish(self, server: Server, version: int) -> None:
+        timeout = self._config.server_timeout
+        server.control(timeout, "finish_weight_update", weight_version=f"{self._run}:{version}")
+        if not server.call("/reset_prefix_cache?reset_running_requests=true", timeout=timeout)["success"]:
+            raise RuntimeError(f"{server.url} kept keys and values of the old weights.")
+        server.call("/resume", timeout=timeout)
+
+    def _send_adapter(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
+        folder = self._folder / f"adapter-{version}"
+        report = write_adapter(policy, folder, writes=self._rank == 0)
+        if self._rank == 0:
+            self._adapters.append((version, folder))
+            self._each([s for s in self._servers if s.ready], partial(self._load_adapter, version=version))
+            for old, path in self._adapters[:-2]:  # what was sampled from the last one may still be on its way
+                self._each([s for s in self._servers if s.ready], partial(self._drop_adapter, version=old))
+                shutil.rmtree(path, ignore_errors=True)
+            del self._adapters[:-2]
+        return report
+
+    def _adapter_name(self, version: int) -> str:
+        return f"{self._run}-{version}"
+
+    def _load_adapter(self, server: Server, version: int) -> None:
+        path = next(path for number, path in self._adapters if number == version)
+        body = {"lora_name": self._adapter_name(version), "lora_path": str(path)}
+        server.call("/v1/load_lora_adapter", body, timeout=self._config.server_timeout)
+
+    def _drop_adapter(self, server: Server, version: int) -> None:
+        body = {"lora_name": self._adapter_name(version)}
+        server.call("/v1/unload_lora_adapter", body, timeout=self._config.server_timeout)
+
+    # ---- faults ------------------------------------------------------------------------------------------------------
+
+    def _lose(self, server: Server, life: int, error: Exception) -> None:
+        """The server counts no longer, until the monitor has brought it back; unless that has happened already."""
+        with self._changed:
+            if server.life == life and server.ready and not self._closing.is_set():
+                logger.warning("a vLLM server is lost, and what was under way is sent again: %s", error)
+                server.ready = False
+                if server.process is not None:
+                    server.kill()
+            self._changed.notify_all()
+
+    def _watch(self) -> None:
+        """Brings servers back, as long as the engine lives."""
+        while not self._closing.wait(_POLL_SECONDS):
+            for number, server in enumerate(self._servers):
+                died = server.process is not None and server.process.poll() is not None
+                if (server.ready and not died) or self._closing.is_set():
+                    continue
+                server.ready = False
+                try:
+                    self._bring_back(number)
+                except ServerLostError:
+                    continue
+                except Exception as error:
+                    if self._closing.is_set():
+                        return
+                    self._failure = error
+                with self._changed:
+                    self._changed.notify_all()
+
+    def _bring_back(self, number: int) -> None:
+        """Starts server `number` again (or finds it alive), and gives it what all serve."""
+        server = self._servers[number]
+        if self._rank != 0:
+            self._check_current(server)
+        elif server.process is not None:
+            server.kill()  # what is left of it
+            self._bring_up(number)
+        else:
+            server.call("/health", timeout=5, method="GET")
+            assert server.transport is not None
+            size = server.call("/get_world_size", timeout=30, method="GET")["world_size"]
+            server.transport.open(partial(server.control, self._config.server_timeout), size)
+        if self._rank == 0:
+            with self._weights_lock:
+                self._send_again(server)
+                server.ready = True
+        else:
+            server.life += 1
+            server.ready = True
+
+    def _send_again(self, server: Server) -> None:
+        """The weights of the last sync, from the copy."""
+        if not self._snapshot:
+            return
+        base = self._adapters and 1 or self.weight_version
+        self._begin(server)
+        for bucket in buckets(self._snapshot.items()):
+            self._send_bucket(server, bucket)
+        self._finish(server, base)
+        loaded = {model["id"] for model in self._models(server)}
+        for version, _ in self._adapters:
+            if self._adapter_name(version) not in loaded:
+                self._load_adapter(server, version)
+
+    def _check_current(self, server: Server) -> None:
+        """Raise ServerLostError unless the server serves this run's present weights."""
+        if self._served.adapter:
+            current = self._adapter_name(self.weight_version) in {model["id"] for model in self._models(server)}
+        else:
+            label = server.call("/weight_info", timeout=5, method="GET")["weight_version"]
+            current = label == f"{self._run}:{self.weight_version}"
+        if not current:
+            raise ServerLostError(f"{server.url} does not have the weights yet")
+
+    def _wait_for_one(self) -> None:
+        """Returns once a server has the present weights."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure or any(server.ready for server in self._servers), self._config.server_timeout
+            )
+        self._raise_if_failed()
+
+    def _raise_if_failed(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"a vLLM server died and could not be brought back: {self._failure}") from self._failure
+        if not any(server.ready for server in self._servers):
+            raise RuntimeError(f"no vLLM server came back within {self._config.server_timeout:.0f} s (server_timeout).")
+
+    # ---- sampling ----------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        prompt_numbers: list[int],
+        arrived: Arrived | None = None,
+    ) -> list[list[Completion]]:
+        """Samples n completions of each prompt; see `contract.Engine.sample`.
+
+        Raises:
+            ValueError: as the contract says, or a prompt that does not fit.
+            RuntimeError: before the first sync, when no server comes back, or one serves weights of somebody else.
+        """
+        if not self._serves:
+            raise RuntimeError("the servers have no weights, or not all of them: call sync before sample.")
+        self._served.check(prompts, n, sampling, prompt_numbers, self.max_model_len)
+        drawn = 1 if sampling.temperature == 0 else n
+
+        def draw(place: int) -> list[Completion]:
+            parameters = self._served.sampling_parameters(sampling, drawn, seed, prompt_numbers[place])
+            group = self._served.completions(self._draw(prompts[place], parameters))
+            group = group * n if drawn < n else group
+            if arrived is not None:
+                arrived(place, group)
+            return group
+
+        if not prompts:
+            return []
+        threads = len(self._servers) * max(1, self._config.vllm_max_num_seqs // drawn)
+        pool = ThreadPoolExecutor(min(len(prompts), threads))
+        try:
+            return list(pool.map(draw, range(len(prompts))))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _draw(self, prompt: list[int], parameters: dict[str, Any]) -> list[tuple[list[int], list[float], str, int]]:
+        """All completions of a prompt, from whichever server gives them."""
+        count, losses = parameters["n"], 0
+        while True:
+            server = self._take(count)
+            life, oldest = server.life, self.weight_version
+            try:
+                body = {"token_ids": prompt, "sampling_params": parameters}
+                if self._served.adapter:
+                    body["model"] = self._adapter_name(oldest)
+                answer = server.call("/inference/v1/generate", body, timeout=self._config.request_timeout)
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                if len(choices) != count:
+                    raise ServerLostError(f"{server.url} gave {len(choices)} completions of {count}")
+                return [self._row(choice, oldest) for choice in choices]
+            except (ServerLostError, RuntimeError) as error:
+                # An adapter that a server started anew does not have yet; other refusals are mistakes of ours.
+                if isinstance(error, RuntimeError) and "does not exist" not in str(error):
+                    raise
+                losses += 1
+                if losses == _LOSSES:
+                    raise RuntimeError(
+                        f"the completions of one prompt were lost {losses} times; if no server dies, request_timeout "
+                        f"({self._config.request_timeout:g} s) is too short. Last: {error}"
+                    ) from error
+                self._lose(server, life, error)
+            finally:
+                with self._changed:
+                    server.load -= count
+                    self._changed.notify_all()
+
+    def _take(self, count: int) -> Server:
+        """The ready server with the fewest completions under way, as soon as one has room for `count`."""
+        most = self._config.vllm_max_num_seqs
+
+        def free() -> list[Server]:
+            return [s for s in self._servers if s.ready and (s.load == 0 or s.load + count <= most)]
+
+        with self._changed:
+            deadline = time.monotonic() + self._config.server_timeout
+            while not free():
+                if self._failure or self._closing.is_set() or time.monotonic() > deadline:
+                    self._raise_if_failed()
+                    if self._closing.is_set():
+                        raise RuntimeError("the engine was closed while it sampled.")
+                if any(server.ready for server in self._servers):
+                    deadline = time.monotonic() + self._config.server_timeout  # full, not lost
+                self._changed.wait(1.0)
+            server = min(free(), key=lambda candidate: candidate.load)
+            server.load += count
+            return server
+
+    def _row(self, choice: dict, oldest: int) -> tuple[list[int], list[float], str, int]:
+        labels = [span["version"] for span in choice["weight_versions"] or ()]
+        if not labels or "default" in labels or choice["finish_reason"] not in ("stop", "length"):
+            raise ServerLostError(f"a completion came from weights {labels}, and ended by {choice['finish_reason']!r}")
+        own = [label.split(":") for label in labels]
+        newest = 1 if self._served.adapter else self._announced
+        lowest = 1 if self._served.adapter else oldest
+        if any(run != self._run or not lowest <= int(version) <= newest for run, version in own):
+            raise RuntimeError(
+                f"a server returned a completion of weight version {labels}, where {self._run}:{lowest} to {newest} "
+                "was expected: something else than this run sends it weights."
+            )
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        if len(logprobs) != len(choice["token_ids"]):
+            raise ServerLostError("a completion has fewer log-probabilities than tokens")
+        version = oldest if self._served.adapter else min(int(version) for _, version in own)
+        return choice["token_ids"], logprobs, choice["finish_reason"], version
+
+    def rest(self) -> None:
+        """Servers have memory of their own: nothing to give back."""
+
+    def close(self) -> None:
+        """Ends the servers that this run started."""
+        self._closing.set()
+        for server in getattr(self, "_servers", ()):
+            if server.process is not None:
+                server.kill()
+            if server.transport is not None:
+                server.transport.close()
+        if self._rank == 0:
+            shutil.rmtree(getattr(self, "_folder", self._served.folder), ignore_errors=True)
+        shutil.rmtree(self._served.folder, ignore_errors=True)
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _own_address(host: str) -> str:
+    """The address under which a server on `host` reaches this process."""
+    if host in ("127.0.0.1", "localhost"):
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing, only asks for the route
+        probe.connect((host, 9))
+        return probe.getsockname()[0]

@@ -1,0 +1,568 @@
+"""Laws of the vLLM engines, held by the real vLLM: what it samples is the policy as it is trained, and nothing older.
+
+`launch/install_vllm_cpu.sh` installs it for a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loops.shared.models import ModelConfig, build_policy
+from loops.shared.rollout import Completion, RolloutConfig, Sampling, build_engine
+from loops.shared.rollout import weight_transfer as transfer
+from loops.shared.weights import iter_weights
+
+pytestmark = [
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed"),
+    pytest.mark.timeout(240),
+]
+
+MODEL = str(Path(__file__).resolve().parents[2] / "data/quickstart/model")
+TOLERANCE = 2e-5  # nats, float32
+NUMBERS = [4, 5, 6, 7]
+LONG = "Add these numbers one after the other. " * 9  # longer than a block of vLLM's prefix cache (128 tokens)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    texts = ["What is 3 + 4?", "12 plus 30 is", "hello", LONG]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def small(**fields: Any) -> RolloutConfig:
+    """Little memory for keys and values: several engines live in this process."""
+    return RolloutConfig(**{"vllm_kv_cache_gib": 0.03, **fields})
+
+
+def load() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def adapted(**options: Any) -> Any:
+    """A LoRA policy whose adapter does something."""
+    config = ModelConfig(model_id=MODEL, lora_r=4, lora_alpha=8.0, torch_dtype="float32", **options)
+    policy = build_policy(config, seed=0, device="cpu").eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return policy
+
+
+def train_a_step(policy: Any, seed: int, size: float = 0.01) -> None:
+    """Moves what is trained, as far as a large step of an optimizer would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def scored(policy: Any, prompt: list[int], completion: list[int], temperature: float = 1.0) -> torch.Tensor:
+    with torch.no_grad():
+        logits = policy(input_ids=torch.tensor([prompt + completion])).logits[0].double() / temperature
+    rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return rows.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def mismatch(policy: Any, prompts: list[list[int]], groups: list[list[Completion]], temperature: float = 1.0) -> float:
+    """Largest difference of a token's log-probability between engine and policy, in nats."""
+    return max(
+        float((scored(policy, prompt, c.token_ids, temperature) - torch.tensor(c.logprobs).double()).abs().max())
+        for prompt, group in zip(prompts, groups, strict=True)
+        for c in group
+    )
+
+
+def draw(engine: Any, prompts: list[list[int]], n: int = 3, seed: int = 1, **sampling: Any) -> list[list[Completion]]:
+    asked = Sampling(**{"max_completion_length": 16, **sampling})
+    return engine.sample(prompts, n=n, sampling=asked, seed=seed, prompt_numbers=NUMBERS[: len(prompts)])
+
+
+def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Any:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def engine(policy: Any, tokenizer: Any) -> Iterator[Any]:
+    """In this process, full weights."""
+    built = build_engine(small(engine="vllm"), policy, tokenizer)
+    built.sync(policy)
+    yield built
+    built.close()
+
+
+# ---- in process ------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_tokens_texts_and_endings_equal_the_embedded_engine(engine, policy, tokenizer, prompts):
+    embedded = build_engine(RolloutConfig(engine="transformers"), policy, tokenizer)
+    for sampling in (
+        {"temperature": 0.0, "max_completion_length": 40},
+        {"temperature": 0.0, "max_completion_length": 40, "stop": (" ", "1")},
+        {"temperature": 0.0, "max_completion_length": 40, "stop_token_ids": (40, 41, 42, 43)},
+    ):
+        ours, theirs = draw(engine, prompts, n=2, **sampling), draw(embedded, prompts, n=2, **sampling)
+        assert tokens(ours) == tokens(theirs)
+        for mine, other in zip(sum(ours, []), sum(theirs, []), strict=True):
+            assert (mine.text, mine.finish_reason) == (other.text, other.finish_reason)
+            assert torch.allclose(torch.tensor(mine.logprobs), torch.tensor(other.logprobs), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.7}])
+def test_logprobs_are_of_the_whole_vocabulary_whatever_is_cut_off(engine, policy, prompts, truncation):
+    """Truncated sampling is drawn from fewer tokens, and reports log softmax(logits) over all of them."""
+    groups = draw(engine, prompts, **truncation)
+    assert mismatch(policy, prompts, groups) <= TOLERANCE
+    for prompt, group in zip(prompts, groups, strict=True):
+        with torch.no_grad():
+            first = policy(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        for completion in group:
+            token, better = completion.token_ids[0], first > first[completion.token_ids[0]]
+            assert not truncation.get("top_k") or int(better.sum()) < truncation["top_k"]
+            assert "min_p" not in truncation or first[token] >= truncation["min_p"] * first.max() * 0.999
+            if truncation.keys() == {"top_p"}:
+                assert float(first[better].sum()) < truncation["top_p"] + 1e-5
+
+
+def test_more_prompts_than_vllm_computes_in_one_go(engine, policy, tokenizer):
+    """60 prompts of about 170 tokens: more than the 4096 or 8192 of one forward, so some would be cut into pieces."""
+    many = [tokenizer(f"{number}. {LONG}")["input_ids"] for number in range(60)]
+    groups = engine.sample(
+        many, n=1, sampling=Sampling(max_completion_length=4), seed=0, prompt_numbers=list(range(60))
+    )
+    assert sum(map(len, many)) > 8192 and mismatch(policy, many[::10], groups[::10]) <= TOLERANCE
+
+
+def test_samples_depend_on_seed_prompt_number_and_place_alone(engine, prompts):
+    """Asked for in another order, or alone, a prompt has the same completions; its n completions differ."""
+    together = draw(engine, prompts, n=4)
+    reversed_ = engine.sample(
+        prompts[::-1], n=4, sampling=Sampling(max_completion_length=16), seed=1, prompt_numbers=NUMBERS[::-1]
+    )
+    assert tokens(reversed_[::-1]) == tokens(together)
+    alone = engine.sample(
+        prompts[2:3], n=4, sampling=Sampling(max_completion_length=16), seed=1, prompt_numbers=NUMBERS[2:3]
+    )
+    assert tokens(alone)[0] == tokens(together)[2]
+    assert len({tuple(c.token_ids) for c in together[2]}) > 1
+    assert tokens(draw(engine, prompts, n=4, seed=2)) != tokens(together)
+
+
+def test_a_hundred_syncs_of_full_weights_never_serve_old_ones(engine, policy, prompts):
+    """The long prompt stays the same, so its keys and values would come from the prefix cache if it were not reset.
+
+    A tied head, which vLLM packs on a CPU, must follow as well.
+    """
+    start, worst = copy.deepcopy(policy.state_dict()), 0.0
+    version = engine.weight_version
+    for step in range(100):
+        train_a_step(policy, step, size=0.002)
+        report = engine.sync(policy)
+        groups = draw(engine, prompts[2:], n=2, max_completion_length=8)
+        assert {c.weight_version for group in groups for c in group} == {version + step + 1} == {report.weight_version}
+        worst = max(worst, mismatch(policy, prompts[2:], groups))
+    assert worst <= TOLERANCE
+    assert report.tensors == len(dict(iter_weights(policy))) and report.bytes == 4 * sum(
+        p.numel() for p in policy.parameters()
+    )
+    policy.load_state_dict(start)
+    engine.sync(policy)
+
+
+def test_a_prefix_cache_that_keeps_old_keys_stops_the_run(engine, policy, monkeypatch):
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="old weights"):
+        engine.sync(policy)
+    monkeypatch.undo()
+    engine.sync(policy)
+
+
+@pytest.mark.parametrize("fault", ["unknown", "missing", "part of a fused one", "wrong shape"])
+def test_names_that_do_not_fit_are_refused(policy, tokenizer, prompts, fault, monkeypatch):
+    """Nothing is sampled then; the right weights can still be sent, and are served whole."""
+    import loops.shared.rollout.vllm_engine as module
+
+    built = build_engine(small(engine="vllm"), policy, tokenizer)
+
+    def faulty(model: Any, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in iter_weights(model, dtype=dtype):
+            if fault == "unknown" and name.endswith("layers.1.mlp.up_proj.weight"):
+                name = name.replace("up_proj", "side_proj")
+            if fault == "missing" and "layers.1.mlp.down_proj" in name:
+                continue
+            if fault == "part of a fused one" and "layers.1.self_attn.k_proj" in name:
+                continue
+            yield name, tensor[:, :-1] if fault == "wrong shape" and "layers.1.mlp.down_proj" in name else tensor
+
+    monkeypatch.setattr(module, "iter_weights", faulty)
+    with pytest.raises((ValueError, RuntimeError), match="layers.1|exceeds|size"):
+        built.sync(policy)
+    assert built.weight_version == 0
+    with pytest.raises(RuntimeError, match="sync before sample"):
+        draw(built, prompts)
+    monkeypatch.undo()
+    built.sync(policy)
+    assert mismatch(policy, prompts, draw(built, prompts)) <= TOLERANCE
+    built.close()
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "qlora", "dora", "saved head"])
+def test_adapters_are_served_as_they_are_trained(kind, tokenizer, prompts):
+    """LoRA: base once, then the adapter alone. DoRA and modules trained whole: merged on the fly, base untouched."""
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    options = {
+        "qlora": {"load_in_4bit": True},
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+        "saved head": {"modules_to_save": ["embed_tokens"], "lora_target_modules": "q_proj,v_proj"},
+    }.get(kind, {})
+    policy = adapted(**options)
+    by_itself = kind in ("lora", "rslora", "qlora")
+
+    def base_bytes() -> str:
+        digest = hashlib.sha256()
+        for parameter in policy.parameters():
+            if not parameter.requires_grad:
+                digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    before = base_bytes()
+    built = build_engine(small(engine="vllm"), policy, tokenizer)
+    worst, reports = 0.0, []
+    for step in range(10):
+        train_a_step(policy, step)
+        reports.append(built.sync(policy))
+        worst = max(worst, mismatch(policy, prompts, draw(built, prompts, n=1)))
+    assert worst <= TOLERANCE
+    assert base_bytes() == before
+    assert (reports[1].tensors < reports[0].tensors) == by_itself
+    folders = list(built._served.folder.glob("adapter-*"))
+    assert len(folders) == by_itself  # the old versions are gone
+    built.close()
+
+
+def test_full_sync_of_lora_merges_on_the_fly(tokenizer, prompts):
+    policy = adapted()
+    built = build_engine(small(engine="vllm", weight_sync="full"), policy, tokenizer)
+    for step in range(3):
+        train_a_step(policy, step)
+        built.sync(policy)
+        assert mismatch(policy, prompts, draw(built, prompts)) <= TOLERANCE
+    built.close()
+
+
+def test_another_temperature_is_in_the_logprobs(policy, tokenizer, prompts):
+    built = build_engine(small(engine="vllm", temperature=0.7), policy, tokenizer)
+    built.sync(policy)
+    assert mismatch(policy, prompts, draw(built, prompts, temperature=0.7), temperature=0.7) <= TOLERANCE
+    assert mismatch(policy, prompts, draw(built, prompts, temperature=0.0)) <= TOLERANCE  # greedy reports 1
+    with pytest.raises(ValueError, match="temperature is 1.0"):
+        draw(built, prompts)
+    built.close()
+
+
+def test_what_does_not_fit_is_said_before_anything_is_sent(engine, prompts):
+    with pytest.raises(ValueError, match=r"prompt 1 \(number 5\) has 1000 tokens.*1024"):
+        draw(engine, [prompts[0], [7] * 1000], max_completion_length=25)
+    with pytest.raises(ValueError, match="no tokens"):
+        draw(engine, [prompts[0], []])
+    with pytest.raises(ValueError, match="vllm_max_num_seqs"):
+        draw(engine, prompts, n=257)
+
+
+def test_the_trainers_random_stream_is_left_alone(policy, tokenizer):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_engine(small(engine="vllm"), policy, tokenizer).close()
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(policy: Any, tokenizer: Any) -> Iterator[Any]:
+    """One server of our own, full weights over gloo, with a key."""
+    config = RolloutConfig(engine="vllm-server", server_api_key="open sesame", request_timeout=60)
+    built = build_engine(config, policy, tokenizer)
+    built.sync(policy)
+    yield built
+    built.close()
+
+
+def test_a_server_gives_what_the_engine_in_process_gives(server, engine, policy, prompts):
+    for sampling in ({}, {"temperature": 0.0, "stop": ("1",)}, {"top_p": 0.8}):
+        assert tokens(draw(server, prompts, **sampling)) == tokens(draw(engine, prompts, **sampling))
+        assert mismatch(policy, prompts, draw(server, prompts, **sampling)) <= TOLERANCE
+
+
+def test_groups_arrive_one_by_one_and_each_once(server, prompts):
+    seen: list[int] = []
+    groups = server.sample(
+        prompts * 3,
+        n=2,
+        sampling=Sampling(max_completion_length=8),
+        seed=0,
+        prompt_numbers=list(range(12)),
+        arrived=lambda place, group: seen.append(place),
+    )
+    assert sorted(seen) == list(range(12)) and len(groups) == 12
+
+
+def test_syncs_over_gloo_never_serve_old_weights(server, policy, prompts):
+    for step in range(10):
+        train_a_step(policy, step, size=0.004)
+        report = server.sync(policy)
+        groups = draw(server, prompts, n=1)
+        assert mismatch(policy, prompts, groups) <= TOLERANCE
+        assert {c.weight_version for group in groups for c in group} == {report.weight_version}
+
+
+def test_an_update_in_flight_freezes_completions_and_goes_on_with_new_weights(server, policy, prompts):
+    """Tokens before the switch were scored by the old weights, those after it by the new ones, keys recomputed; the
+    completion carries the older version."""
+    old, version = copy.deepcopy(policy), server.weight_version
+    box: dict[str, Any] = {}
+    options = dict(n=4, max_completion_length=600, stop_token_ids=())
+    thread = threading.Thread(target=lambda: box.update(groups=draw(server, prompts[:1], **options)))
+    stops, server._served.stop_token_ids = server._served.stop_token_ids, set()  # they go on to the end
+    thread.start()
+    time.sleep(0.5)
+    train_a_step(policy, 77, size=0.004)
+    server.sync(policy)
+    thread.join()
+    server._served.stop_token_ids = stops
+    for completion in box["groups"][0]:
+        before = (scored(old, prompts[0], completion.token_ids) - torch.tensor(completion.logprobs)).abs() < 1e-4
+        after = (scored(policy, prompts[0], completion.token_ids) - torch.tensor(completion.logprobs)).abs() < 1e-4
+        switch = int((~before).int().argmax())
+        assert completion.weight_version == version and 0 < switch < 600
+        assert before[:switch].all() and after[switch:].float().mean() > 0.99
+
+
+def test_a_killed_server_comes_back_with_the_present_weights_and_nothing_is_lost(server, policy, prompts):
+    """SIGKILL while it samples: the same completions come, each once, of the same version."""
+    asked = dict(n=8, max_completion_length=120)
+    expected = draw(server, prompts, **asked)
+    box: dict[str, Any] = {}
+    thread = threading.Thread(target=lambda: box.update(groups=draw(server, prompts, **asked)))
+    thread.start()
+    time.sleep(0.3)
+    process = server._servers[0].process
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    thread.join()
+    assert server._servers[0].process is not process
+    assert tokens(box["groups"]) == tokens(expected)
+    assert {c.weight_version for group in box["groups"] for c in group} == {server.weight_version}
+    assert mismatch(policy, prompts, box["groups"]) <= TOLERANCE
+
+
+def test_a_hung_server_meets_the_deadline(server, policy, prompts):
+    config, server._config = server._config, replace(server._config, request_timeout=5.0)
+    first = server._servers[0].process
+    os.killpg(first.pid, signal.SIGSTOP)
+    groups = draw(server, prompts)
+    server._config = config
+    assert first.poll() is not None and mismatch(policy, prompts, groups) <= TOLERANCE
+
+
+def test_a_server_that_dies_while_it_takes_weights_gets_all_of_them_again(server, policy, prompts, monkeypatch):
+    transport = server._servers[0].transport
+    sent = transport.send
+    killed = []
+
+    def deadly(control: Any, bucket: Any) -> None:
+        if not killed:
+            killed.append(server._servers[0].process.pid)
+            os.killpg(killed[0], signal.SIGKILL)
+        sent(control, bucket)
+
+    monkeypatch.setattr(transport, "send", deadly)
+    train_a_step(policy, 5, size=0.004)
+    report = server.sync(policy)
+    groups = draw(server, prompts)
+    assert killed and report.weight_version == groups[0][0].weight_version
+    assert mismatch(policy, prompts, groups) <= TOLERANCE
+
+
+def test_weights_of_somebody_else_are_refused(server, policy, prompts):
+    server._servers[0].call("/update_weight_version", {"new_version": "0123:1"}, timeout=10)
+    with pytest.raises(RuntimeError, match="something else than this run"):
+        draw(server, prompts)
+    server.sync(policy)
+    draw(server, prompts)
+
+
+def test_a_port_in_use_is_one_sentence(server, policy, tokenizer):
+    port = int(server._servers[0].url.rsplit(":", 1)[1])
+    with pytest.raises(ValueError, match=f"port {port} is in use.*server_port"):
+        build_engine(RolloutConfig(engine="vllm-server", server_port=port), policy, tokenizer)
+
+
+def test_a_running_server_with_another_key_tokenizer_or_mode_is_refused(server, policy, tokenizer):
+    """The server of the fixture, as a run would find one that a user has started."""
+    url = server._servers[0].url
+    with pytest.raises(ValueError, match="server_api_key"):
+        build_engine(RolloutConfig(engine="vllm-server", server_urls=[url]), policy, tokenizer)
+    known = RolloutConfig(engine="vllm-server", server_urls=[url], server_api_key="open sesame", weight_transfer="file")
+    with pytest.raises(ValueError, match="plumbline-file"):
+        build_engine(known, policy, tokenizer)
+    with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
+        build_engine(replace(known, weight_transfer="gloo", temperature=0.7), policy, tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["tokens"])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        build_engine(replace(known, weight_transfer="gloo"), policy, other)
+    build_engine(replace(known, weight_transfer="gloo"), policy, tokenizer).close()
+    server.sync(policy)
+
+
+def test_adapters_over_http_and_two_servers_share_the_load(tokenizer, prompts):
+    """One of two servers is killed for good measure: the other serves on."""
+    policy = adapted()
+    config = RolloutConfig(engine="vllm-server", num_servers=2, vllm_max_num_seqs=8, request_timeout=60)
+    built = build_engine(config, policy, tokenizer)
+    calls: dict[str, int] = {}
+    for one in built._servers:
+        real = one.call
+
+        def counted(path: str, *arguments: Any, real: Any = real, url: str = one.url, **options: Any) -> Any:
+            calls[url] = calls.get(url, 0) + path.endswith("generate")
+            return real(path, *arguments, **options)
+
+        one.call = counted
+    seconds = []
+    for step in range(4):
+        train_a_step(policy, step)
+        report = built.sync(policy)
+        seconds.append(report.seconds)
+        groups = built.sample(
+            prompts * 2, n=4, sampling=Sampling(max_completion_length=16), seed=1, prompt_numbers=list(range(8))
+        )
+        assert mismatch(policy, prompts * 2, groups) <= TOLERANCE
+        assert {c.weight_version for group in groups for c in group} == {report.weight_version}
+    assert min(calls.values()) >= 8, calls
+    os.killpg(built._servers[0].process.pid, signal.SIGKILL)
+    assert mismatch(policy, prompts, draw(built, prompts)) <= TOLERANCE
+    processes = [one.process for one in built._servers]
+    built.close()
+    assert all(process.poll() is not None for process in processes)
+
+
+# ---- what only a GPU can run, its calls recorded ---------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands for an object whose methods are only written down."""
+
+    def __init__(self, log: list[tuple], **answers: Any):
+        self._log, self._answers = log, answers
+
+    def __getattr__(self, name: str) -> Any:
+        def method(*arguments: Any, **options: Any) -> Any:
+            self._log.append((name, *arguments, *options.values()))
+            return self._answers.get(name)
+
+        return method
+
+
+def test_sleep_frees_everything_and_the_sync_wakes_in_parts(engine, policy, monkeypatch):
+    """weights first, then the update, then room for keys and values: weights and keys of both sides never at once."""
+    log: list[tuple] = []
+    monkeypatch.setattr(engine, "_llm", Recorder(log, reset_prefix_cache=True))
+    monkeypatch.setattr(engine, "_sleeps", True)
+    monkeypatch.setattr(engine, "weight_version", engine.weight_version)
+    engine.rest()
+    engine.rest()
+    with pytest.raises(RuntimeError, match="sync before sample"):
+        engine.sample([[1]], n=1, sampling=Sampling(), seed=0, prompt_numbers=[0])
+    engine.sync(policy)
+    names = [entry[0] for entry in log]
+    assert log[0] == ("sleep", 2) and names.count("sleep") == 1
+    assert names[1:] == [
+        "wake_up", "start_weight_update", "update_weights", "finish_weight_update", "wake_up", "reset_prefix_cache",
+        "update_weight_version",
+    ]  # fmt: skip
+    assert [entry[1] for entry in log if entry[0] == "wake_up"] == [["weights"], ["kv_cache"]]
+    assert not engine._asleep
+
+
+def test_nccl_and_ipc_speak_vllms_wire_dicts(monkeypatch):
+    """The dicts that vLLM's own dataclasses for these back ends take, and one broadcast for each tensor in order."""
+    from vllm.distributed.weight_transfer import nccl_common
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
+
+    calls: list[tuple[str, dict]] = []
+    log: list[tuple] = []
+    monkeypatch.setattr(nccl_common, "trainer_init", lambda rendezvous: Recorder(log))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    bucket = [("a.weight", torch.ones(2, 3)), ("b.bias", torch.zeros(4, dtype=torch.bfloat16))]
+    nccl = transfer.BroadcastTransport("nccl", host="10.0.0.1", timeout=5)
+    nccl.open(lambda method, **arguments: calls.append((method, arguments)), 2)
+
+    def answer_late(method: str, **arguments: Any) -> None:
+        calls.append((method, arguments))
+        while len(log) < 2:  # as workers do: when they have received everything
+            time.sleep(0.01)
+
+    nccl.send(answer_late, bucket)
+    nccl_common.NCCLWeightTransferInitInfo(**calls[0][1]["init_info"])
+    assert calls[0][1]["init_info"]["world_size"] == 3 and calls[0][1]["init_info"]["rank_offset"] == 1
+    described = {
+        "names": ["a.weight", "b.bias"], "dtype_names": ["float32", "bfloat16"], "shapes": [[2, 3], [4]]
+    }  # fmt: skip
+    assert calls[1] == ("update_weights", {"update_info": described})
+    assert [(entry[0], tuple(entry[1].shape)) for entry in log] == [("broadcast", (2, 3)), ("broadcast", (4,))]
+
+    import vllm.envs
+    from torch.multiprocessing import reductions
+
+    monkeypatch.setattr(vllm.envs, "VLLM_ALLOW_INSECURE_SERIALIZATION", True, raising=False)
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (None, ("handle", tuple(tensor.shape))))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+    properties = type("Properties", (), {"uuid": "gpu-0"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    transfer.IpcTransport().send(lambda method, **arguments: calls.append((method, arguments)), bucket)
+    info = IPCWeightTransferUpdateInfo(**calls[2][1]["update_info"])
+    assert info.names == described["names"]
+    assert info.ipc_handles == [{"gpu-0": ("handle", (2, 3))}, {"gpu-0": ("handle", (4,))}]
+
+
+def test_too_little_memory_is_one_sentence(policy, tokenizer):
+    """Last, since vLLM then takes the process group along that the other engines use."""
+    with pytest.raises(ValueError, match="raise vllm_kv_cache_gib"):
+        build_engine(small(engine="vllm", vllm_kv_cache_gib=0.0002, vllm_max_model_len=1024), policy, tokenizer)

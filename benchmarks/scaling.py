@@ -109,6 +109,7 @@ def measure_update(settings: dict[str, Any]) -> dict[str, float]:
 
     from data.pack import pack_groups
     from loops.grpo import Config, train_step
+    from loops.shared.guards import FiniteGuard
 
     device, vocabulary = settings["device"], settings["shape"]["vocab_size"]
     policy = build_policy(settings["shape"], device=device, dtype="float32", lora_r=0, checkpointing=False)
@@ -121,7 +122,7 @@ def measure_update(settings: dict[str, Any]) -> dict[str, float]:
     batch = pack_groups(groups).to(device)
     microbatches = [(batch, torch.randn(len(batch.mask), device=device), torch.zeros(batch.mask.shape, device=device))]
     tokens = int(batch.mask.sum())
-    packed = Config(), accelerator, True
+    packed = Config(), accelerator, True, FiniteGuard(accelerator)
     seconds = seconds_of(lambda: train_step(policy, None, *rest, microbatches, tokens, *packed), device)
     return {"seconds": seconds, "computed": batch.num_tokens, "trained": tokens}
 
@@ -129,6 +130,7 @@ def measure_update(settings: dict[str, Any]) -> dict[str, float]:
 def measure_training(settings: dict[str, Any]) -> dict[str, float]:
     """SFT steps on `sequences` sequences of `length` tokens, all trained: seconds and FLOPs."""
     from loops.sft import Config, train_step
+    from loops.shared.guards import FiniteGuard
 
     device = settings["device"]
     names = ("dtype", "lora_r", "checkpointing")
@@ -136,7 +138,7 @@ def measure_training(settings: dict[str, Any]) -> dict[str, float]:
     adapters = sum(p.numel() for p in policy.parameters() if p.requires_grad) if settings["lora_r"] else 0
     policy, *rest, accelerator = trainer_of(policy, device)
     batch = random_examples(settings["sequences"], settings["length"], settings["shape"]["vocab_size"]).to(device)
-    packed = Config(), accelerator, True
+    packed = Config(), accelerator, True, FiniteGuard(accelerator)
     seconds = seconds_of(lambda: train_step(policy, *rest, [batch], len(batch.targets), *packed), device, 2, 5)
     flops = flops_of(settings["shape"], settings["sequences"], settings["length"], settings["lora_r"], adapters)
     return {"seconds": seconds, "tokens": batch.num_tokens, "flops": flops, "device_peak": device_peak(device)}
@@ -147,6 +149,7 @@ def measure_longest(settings: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from loops.sft import Config, train_step
+    from loops.shared.guards import FiniteGuard
 
     names = ("dtype", "lora_r", "checkpointing")
     policy = build_policy(settings["shape"], device=settings["device"], **{name: settings[name] for name in names})
@@ -155,7 +158,7 @@ def measure_longest(settings: dict[str, Any]) -> dict[str, float]:
     while length <= settings["limit"]:
         batch = random_examples(1, length, settings["shape"]["vocab_size"]).to(settings["device"])
         try:
-            train_step(policy, *rest, [batch], length, Config(), accelerator, True)
+            train_step(policy, *rest, [batch], length, Config(), accelerator, True, FiniteGuard(accelerator))
         except torch.OutOfMemoryError:
             break
         longest, length = length, 2 * length

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from data.tools import parse_tool_calls, parse_tools, with_probe_names
@@ -48,6 +48,7 @@ class Example:
 
     input_ids: list[int]
     is_target: list[bool]
+    number: int = 0  # of the row in its data, from 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Pair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    number: int = 0  # of the row in its data, from 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Prompt:
     prompt_ids: list[int]
     text: str
     columns: dict
+    number: int = 0  # of the row in its data, from 1
 
 
 @dataclass
@@ -114,7 +117,7 @@ def encode_rows(
         except ValueError as error:
             raise ValueError(f"{what}, row {number}: {error}") from error
         if encoded is not None:
-            kept.append(encoded)
+            kept.append(replace(encoded, number=number))
     report.kept = len(kept)
     if rows and not kept:
         raise ValueError(f"{report}: raise max_seq_length or look at the columns {', '.join(rows[0])}.")

@@ -13,8 +13,8 @@ Legend: N tokens of the batch, K targets, B sequences (rows), T columns (target 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,7 @@ class PackedBatch:
     rows: torch.Tensor  # [K] place of each target in [B, T]
     columns: torch.Tensor  # [K]
     mask: torch.Tensor  # [B, T] True where a target stands
+    numbers: tuple[int, ...] = ()  # of the data's rows that are in it, for messages
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +91,7 @@ class PackedBatch:
         """The same batch on another device."""
         names = ("input_ids", "position_ids", "predictors", "targets", "rows", "columns", "mask")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return PackedBatch(segments=self.segments, row_segments=self.row_segments, **moved)
+        return replace(self, **moved)
 
     def scatter(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the targets [K] laid out as [B, T], zero elsewhere."""
@@ -159,7 +160,7 @@ class _Builder:
                 self.rows.append(b)
                 self.columns.append(t)
 
-    def batch(self) -> PackedBatch:
+    def batch(self, numbers: Iterable[int] = ()) -> PackedBatch:
         rows, columns = torch.tensor(self.rows, dtype=torch.long), torch.tensor(self.columns, dtype=torch.long)
         width = max((self.segments[s].length for s in self.row_segments), default=0)
         mask = torch.zeros(len(self.row_segments), width, dtype=torch.bool)
@@ -174,6 +175,7 @@ class _Builder:
             rows=rows,
             columns=columns,
             mask=mask,
+            numbers=tuple(dict.fromkeys(numbers)),
         )
 
 
@@ -184,11 +186,13 @@ def pack_examples(examples: Sequence[Example]) -> PackedBatch:
     builder = _Builder()
     for example in examples:
         builder.row(builder.segment(example.input_ids), example.is_target, None)
-    return builder.batch()
+    return builder.batch(example.number for example in examples)
 
 
 def pack_groups(
-    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], trained: Sequence[bool] | None = None
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    trained: Sequence[bool] | None = None,
+    numbers: Iterable[int] = (),
 ) -> PackedBatch:
     """(prompt ids, completions' ids) groups: the prompt once, then every completion; one row a completion, in order.
 
@@ -203,11 +207,14 @@ def pack_groups(
         for ids in completions:
             wanted = trained is None or trained[len(builder.row_segments)]
             builder.row(builder.segment(ids, prompt), [wanted] * len(ids), last)
-    return builder.batch()
+    return builder.batch(numbers)
 
 
 def pack_completions(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], trained: Sequence[bool]
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    trained: Sequence[bool],
+    numbers: Iterable[int] = (),
 ) -> PackedBatch:
     """One (prompt ids, completion ids) a row; neighbours with the very same prompt object share its segment."""
     groups: list[tuple[Sequence[int], list[Sequence[int]]]] = []
@@ -215,12 +222,13 @@ def pack_completions(
         if not groups or groups[-1][0] is not prompt:
             groups.append((prompt, []))
         groups[-1][1].append(completion)
-    return pack_groups(groups, trained)
+    return pack_groups(groups, trained, numbers)
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
     """Preference pairs; rows 2p and 2p+1 are the chosen and the rejected completion of pair p."""
-    return pack_groups([(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs])
+    groups = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+    return pack_groups(groups, numbers=(pair.number for pair in pairs))
 
 
 def empty_batch() -> PackedBatch:

@@ -15,6 +15,7 @@ import inspect
 import math
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -86,11 +87,28 @@ class RewardResult:
             sums[f"reward/{name}/failed"] = float(count)
         return sums
 
+    def complain(self, *, fatal: bool) -> None:
+        """Show a failure (the same one once); with `fatal`, end the run where no row here has a reward."""
+        if fatal:
+            self.raise_if_all_missing()
+        if self.failure:
+            warnings.warn(f"a reward failed; its rows count as missing:\n{self.failure}", stacklevel=1)
+
     def raise_if_all_missing(self) -> None:
         """End the run where no row has a reward: the first failure's traceback, in a RuntimeError."""
         if all(math.isnan(value) for value in self.total):
             reason = self.failure or f"no reward function applies to any row ({', '.join(self.by_name)} returned None)"
             raise RuntimeError(f"all {len(self.total)} rewards are missing; the first failure was:\n{reason}")
+
+
+def join_results(results: Sequence[RewardResult]) -> RewardResult:
+    """Results of consecutive rows, by the same functions, as one; at least one result."""
+    return RewardResult(
+        total=[value for result in results for value in result.total],
+        by_name={name: [value for result in results for value in result.by_name[name]] for name in results[0].by_name},
+        failed={name: sum(result.failed[name] for result in results) for name in results[0].failed},
+        failure=next((result.failure for result in results if result.failure), None),
+    )
 
 
 def reward_statistics(sums: dict[str, float]) -> dict[str, float]:

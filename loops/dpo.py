@@ -149,7 +149,7 @@ def score_batch(policy, reference, batch, frozen, config, accelerator, packing):
     return loss, terms
 
 
-def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing):
+def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard):
     """One optimizer step; returns sums of metrics over this process's pairs.
 
     denominator: pairs of the whole step, over all processes.
@@ -158,10 +158,12 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
     for batch, frozen in microbatches:
         loss, terms = score_batch(policy, reference, batch, frozen, config, accelerator, packing)
         accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
+        guard.seen(loss, batch.numbers)
         add_sums(sums, terms)
     sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
     sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
-    optimizer.step()
+    if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
+        optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
     return sums
@@ -237,17 +239,18 @@ def main(config: Config) -> None:
         began = time.perf_counter()
         rows = rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=config.run.seed)
         microbatches = build_microbatches(rows, pairs, frozen, config, accelerator)
+        run.at(step, "the update")
         sums = train_step(
-            policy, reference, optimizer, scheduler, microbatches, len(rows), config, accelerator, packing
+            policy, reference, optimizer, scheduler, microbatches, len(rows), config, accelerator, packing, run.guard
         )
         sums["time/step"] = time.perf_counter() - began
-        metrics = step_metrics(reduce_sums(accelerator, sums))
+        metrics = step_metrics(run.reduce(sums))
 
         done, last = step + 1, step + 1 == total_steps
         if eval_pairs and run.due(done, config.run.eval_steps, last):
             metrics |= evaluate(policy, *evaluation)
         run.log(metrics, done)
-        if config.run.save_steps and run.due(done, config.run.save_steps, last):
+        if run.saves(done, last):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
     run.finish(policy, tokenizer, merge=config.model.exports_merged)
 

@@ -14,8 +14,8 @@ Legend: B completions (row-major by prompt: rows p*G..p*G+G-1 answer prompt p), 
 """
 
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object
@@ -24,16 +24,17 @@ from configs.loader import dump_config, load_config
 from data.chat import EncodeConfig, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.pack import BatchConfig, cut_microbatches, pack_completions, rows_of_step, share_of_rank, steps_per_epoch
-from data.rewards import RewardConfig, build_judge, build_rewards, judge_completions, reward_statistics
+from data.rewards import RewardConfig, build_judge, build_rewards, join_results, judge_completions, reward_statistics
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
-from loops.shared.rollout.evaluate import check_sampler, greedy_evaluation
+from loops.shared.rollout.ahead import Ahead, rollout_statistics, rollout_sums, sample_and_judge
+from loops.shared.rollout.evaluate import check_sampler, reward_evaluation
 from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
 from losses.grpo import group_advantages, grpo_loss, loss_denominator
 
-PER_TOKEN = tuple(f"policy/{name}" for name in ("entropy", "mismatch_kl", "approx_kl", "kl", "clip_low", "clip_high"))
+PER_TOKEN = "entropy mismatch_kl approx_kl kl clip_low clip_high sampler_weight sampler_capped".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Config:
     """k1, k2 or k3 (http://joschu.net/blog/kl-approx.html)."""
     delta: float | None = None
     """Cap of the ratio where the advantage is negative (two-sided clip), above 1 + epsilon_high."""
+    importance_sampling_cap: float = 2.0
+    """Tokens of another engine, or of older weights, count min(policy / sampler, this) times; 0: all alike."""
     scale_rewards: str = "group"
     """Advantages are divided by the standard deviation of their group, of the whole batch, or by none."""
     num_iterations: int = 1
@@ -85,12 +88,15 @@ class Config:
                 "num_iterations above 1 with top_p, top_k or min_p would bias the importance ratios; drop one of them."
             )
         group_advantages(torch.zeros(2), 2, scale=self.scale_rewards)  # these refuse what they do not know
-        self.loss(*torch.zeros(2, 1, 1), torch.zeros(1), torch.ones(1, 1), ref_logprobs=torch.zeros(1, 1))
+        zero = torch.zeros(1, 1)
+        self.loss(zero, zero, torch.zeros(1), torch.ones(1, 1), ref_logprobs=zero, sampled=zero)
 
-    def loss(self, logprobs, old_logprobs, advantages, mask, *, ref_logprobs):
-        """`losses.grpo.grpo_loss` with this config's settings; [B, T], [B, T], [B], [B, T], [B, T] or None."""
+    def loss(self, logprobs, old_logprobs, advantages, mask, *, ref_logprobs, sampled):
+        """`losses.grpo.grpo_loss` with this config's settings; [B, T], [B, T], [B], [B, T], [B, T] or None, [B, T]."""
         names = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "beta", "kl_estimator", "delta")
         settings = {name: getattr(self, name) for name in names}
+        if self.importance_sampling_cap and self.rollout.samples_elsewhere:
+            settings |= {"sampler_logprobs": sampled, "importance_sampling_cap": self.importance_sampling_cap}
         return grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, **settings)
 
     def prompts(self, num_processes: int) -> int:
@@ -99,47 +105,38 @@ class Config:
         return self.prompts_per_step or -(-rows // generations)
 
 
-def sample_batch(step, prompts, engine, rewards, config, run):
-    """Sample and reward this process's share of the step: (prompts, completions [B], advantages [B], sums)."""
-    accelerator, num_generations, began = run.accelerator, config.rollout.num_generations, time.perf_counter()
+def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
+    """Sample and judge this process's share of a step; it exchanges nothing with other processes, so it may run while
+    another step trains. groups: completions that were sampled before the run was resumed, or None."""
     rows_per_step = config.prompts(accelerator.num_processes)
     rows = rows_of_step(step, num_rows=len(prompts), rows_per_step=rows_per_step, seed=config.run.seed)
     lengths = [len(prompts[row].prompt_ids) for row in rows]
-    share = share_of_rank(lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes)
-    mine = [prompts[rows[place]] for place in share]
-    groups = engine.sample(
-        [prompt.prompt_ids for prompt in mine],
-        n=num_generations,
+    places = share_of_rank(lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes)
+    return sample_and_judge(
+        engine,
+        [prompts[rows[place]] for place in places],
+        partial(judge_completions, rewards),
+        n=config.rollout.num_generations,
         sampling=config.rollout.sampling(),
         seed=config.run.seed + 1_000_003 * step,
-        prompt_numbers=share,  # noise belongs to the prompt's place in the step, whichever process samples it
+        prompt_numbers=places,  # noise belongs to the prompt's place in the step, whichever process samples it
+        groups=groups,
     )
-    sampled = time.perf_counter()
-    asked = [prompt for prompt in mine for _ in range(num_generations)]  # B
-    completions = [completion for group in groups for completion in group]  # B
-    result = judge_completions(rewards, asked, completions)
 
+
+def compare_rewards(share, config, run):
+    """(completions [B], advantages [B], sums) of this process, from the rewards of all processes."""
+    completions = [completion for group in share.groups for completion in group]  # B
+    result = join_results(share.verdicts)
     totals = gather_object([result.total])  # one list a process
     everywhere = torch.tensor(sum(totals, []), dtype=torch.float64)
-    if everywhere.isnan().all() and "reward/mean" not in run.latest:  # none so far either
-        result.raise_if_all_missing()
-    if result.failure:  # shown once
-        warnings.warn(f"a reward failed; its rows count as missing:\n{result.failure}", stacklevel=1)
-    advantages = group_advantages(everywhere, num_generations, scale=config.scale_rewards).float()
-    advantages = advantages.split([len(total) for total in totals])[accelerator.process_index]
-
-    own = torch.tensor(result.total, dtype=torch.float64).view(-1, num_generations)
-    sums = result.metrics() | {
-        "rollout/completions": len(completions),
-        "rollout/groups": len(groups),
-        "rollout/equal_groups": float((own.std(dim=1) == 0).sum()),
-        "rollout/truncated": sum(completion.finish_reason == "length" for completion in completions),
-        "tokens/completions": sum(len(completion.token_ids) for completion in completions),
-        "tokens/loss": sum(len(c.token_ids) for c in completions if in_loss(c, config)),
-        "time/rollout": sampled - began,
-        "time/reward": time.perf_counter() - sampled,
-    }
-    return mine, completions, advantages, sums
+    result.complain(fatal=bool(everywhere.isnan().all()) and "reward/mean" not in run.latest)  # none so far either
+    advantages = group_advantages(everywhere, config.rollout.num_generations, scale=config.scale_rewards).float()
+    advantages = advantages.split([len(total) for total in totals])[run.accelerator.process_index]
+    sums = result.metrics() | rollout_sums(share.groups, result.total)
+    sums["tokens/loss"] = sum(len(c.token_ids) for c in completions if in_loss(c, config))
+    sums["time/rollout"], sums["time/reward"] = share.seconds
+    return completions, advantages, sums
 
 
 def in_loss(completion, config):
@@ -165,14 +162,17 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
         rows = [kept[i] for i in cuts[number]] if number < len(cuts) else []
         answers = [completions[b] for b in rows]
         batch = pack_completions(
-            [asked[b] for b in rows], [c.token_ids for c in answers], trained=[in_loss(c, config) for c in answers]
+            [asked[b] for b in rows],
+            [c.token_ids for c in answers],
+            trained=[in_loss(c, config) for c in answers],
+            numbers=[prompts[b // config.rollout.num_generations].number for b in rows],
         ).to(accelerator.device)
         sampled = batch.lay_out([c.logprobs for c in answers])
         microbatches.append((batch, advantages[rows].to(accelerator.device), sampled))
     return microbatches
 
 
-def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing):
+def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard):
     """`num_iterations` optimizer steps on one set of rollouts; returns sums of metrics over this process's tokens."""
     sums, old, frozen, temperature = {}, {}, {}, config.rollout.temperature
     for iteration in range(config.num_iterations):
@@ -184,9 +184,10 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
             if iteration == 0:  # nothing was updated since sampling: this pass scores the policy that sampled
                 old[number] = scores.logprobs.detach()
             loss, terms = config.loss(
-                scores.logprobs, old[number], advantages, batch.mask, ref_logprobs=frozen.get(number)
+                scores.logprobs, old[number], advantages, batch.mask, ref_logprobs=frozen.get(number), sampled=sampled
             )
             accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
+            guard.seen(loss, batch.numbers)
             gap = (old[number] - sampled)[batch.mask]
             terms["loss/policy"] = loss.detach() / denominator / config.num_iterations
             terms["policy/entropy"] = scores.entropy.detach().sum()
@@ -197,7 +198,8 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
             add_sums(sums, terms)
         sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
         sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
-        optimizer.step()
+        if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
+            optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
     return sums
@@ -207,21 +209,11 @@ def step_metrics(total):
     """The step's metrics from its global sums: means over scored tokens (policy), groups or completions (rollout)."""
     kept = ("loss/", "time/", "optim/", "tokens/", "policy/")
     metrics = {name: value for name, value in total.items() if name.startswith(kept)} | reward_statistics(total)
-    metrics |= {name: total[name] / max(total["tokens/scored"], 1) for name in PER_TOKEN if name in total}
-    metrics["rollout/equal_groups"] = total["rollout/equal_groups"] / total["rollout/groups"]
-    metrics["rollout/truncated"] = total["rollout/truncated"] / total["rollout/completions"]
-    metrics["rollout/completion_length"] = total["tokens/completions"] / total["rollout/completions"]
+    per_token = [f"policy/{name}" for name in PER_TOKEN if f"policy/{name}" in total]
+    metrics |= {name: total[name] / max(total["tokens/scored"], 1) for name in per_token}
+    metrics |= rollout_statistics(total)
     metrics["tokens/per_second"] = total["tokens/completions"] / total["time/step"]
     return metrics
-
-
-def evaluate(engine, prompts, judges, config, accelerator):
-    """Accuracy and mean reward of greedy completions; the loss is what GRPO minimises, the negative mean reward."""
-    began = time.perf_counter()
-    metrics = greedy_evaluation(engine, prompts, judges, sampling=config.rollout.sampling(), accelerator=accelerator)
-    if "eval/reward" in metrics:
-        metrics["eval/loss"] = -metrics["eval/reward"]
-    return metrics | {"time/eval": time.perf_counter() - began}
 
 
 def main(config: Config) -> None:
@@ -255,13 +247,23 @@ def main(config: Config) -> None:
     policy, optimizer = run.prepare(policy, optimizer, reference)
     run.open(total_steps, rows=len(prompts), rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
+    engine.sync(policy)
+    settings = {"sampling": config.rollout.sampling(), "accelerator": accelerator}
     if start == 0 and eval_prompts:
-        run.log(evaluate(engine, eval_prompts, judges, config, accelerator), 0)
+        run.log(reward_evaluation(engine, eval_prompts, judges, **settings), 0)
 
+    sample = partial(
+        sample_batch, prompts=prompts, engine=engine, rewards=rewards, config=config, accelerator=accelerator
+    )
+    ahead = Ahead(sample, level=config.rollout.async_level, last=total_steps - 1, record=run.extra())
     for step in range(start, total_steps):
         began = time.perf_counter()
-        mine, completions, advantages, sums = sample_batch(step, prompts, engine, rewards, config, run)
-        microbatches = build_microbatches(mine, completions, advantages, config, accelerator)
+        run.at(step, "the rollout")
+        share = ahead.take(step, newest=engine.weight_version)
+        engine.rest()
+        run.at(step, "the rewards")
+        completions, advantages, sums = compare_rewards(share, config, run)
+        microbatches = build_microbatches(share.prompts, completions, advantages, config, accelerator)
         counts = reduce_sums(accelerator, sums)
         denominator = loss_denominator(
             config.loss_type,
@@ -269,27 +271,27 @@ def main(config: Config) -> None:
             num_sequences=counts["rollout/completions"],
             max_completion_length=config.rollout.max_completion_length,
         )
+        run.at(step, "the update")
         updating = time.perf_counter()
         sums = train_step(
-            policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing
+            policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, run.guard
         )
-        engine.sync(policy)
-        sums["time/update"], sums["time/step"] = time.perf_counter() - updating, time.perf_counter() - began
-        metrics = step_metrics(counts | reduce_sums(accelerator, sums))
-        if step == start:
+        sums["time/update"] = time.perf_counter() - updating
+        sums["time/sync"] = engine.sync(policy).seconds
+        sums["time/step"] = time.perf_counter() - began
+        metrics = step_metrics(counts | run.reduce(sums))
+        if step == start or config.rollout.check_due(step):
             check_sampler(metrics["policy/mismatch_max"], policy, accelerator)
 
         done, last = step + 1, step + 1 == total_steps
         if eval_prompts and run.due(done, config.run.eval_steps, last):
-            metrics |= evaluate(engine, eval_prompts, judges, config, accelerator)
+            metrics |= reward_evaluation(engine, eval_prompts, judges, **settings)
         run.log(metrics, done)
-        if config.run.save_steps and run.due(done, config.run.save_steps, last):
-            run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
-        if config.run.log_completions_steps and run.due(done, config.run.log_completions_steps, last):
-            shown = zip(
-                [prompt.text for prompt in mine[:1]] * 4, completions, advantages.tolist(), strict=False
-            )  # of the first group
-            run.tracker.completions([{"prompt": p, "completion": c.text, "advantage": a} for p, c, a in shown], done)
+        run.show_completions(share.prompts, completions, advantages, done, last)
+        if run.saves(done, last):
+            run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=ahead.record())
+    ahead.close()
+    engine.close()
     run.finish(policy, tokenizer, merge=config.model.exports_merged)
 
 

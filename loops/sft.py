@@ -74,7 +74,7 @@ def score_batch(policy, batch, config, packing):
     return loss, terms
 
 
-def train_step(policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing):
+def train_step(policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard):
     """One optimizer step; returns sums of metrics over this process's tokens.
 
     denominator: target tokens of the whole step, over all processes.
@@ -83,10 +83,12 @@ def train_step(policy, optimizer, scheduler, microbatches, denominator, config, 
     for batch in microbatches:
         loss, terms = score_batch(policy, batch, config, packing)
         accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
+        guard.seen(loss, batch.numbers)
         add_sums(sums, terms)
     sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
     sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
-    optimizer.step()
+    if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
+        optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
     return sums
@@ -152,15 +154,18 @@ def main(config: Config) -> None:
         rows = rows_of_step(step, num_rows=len(examples), rows_per_step=rows_per_step, seed=config.run.seed)
         denominator = sum(sum(examples[row].is_target[1:]) for row in rows)
         microbatches = build_microbatches(rows, examples, config, accelerator)
-        sums = train_step(policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing)
+        run.at(step, "the update")
+        sums = train_step(
+            policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, run.guard
+        )
         sums["time/step"] = time.perf_counter() - began
-        metrics = step_metrics(reduce_sums(accelerator, sums))
+        metrics = step_metrics(run.reduce(sums))
 
         done, last = step + 1, step + 1 == total_steps
         if eval_examples and run.due(done, config.run.eval_steps, last):
             metrics |= evaluate(policy, engine, eval_examples, eval_prompts, judges, config, accelerator, packing)
         run.log(metrics, done)
-        if config.run.save_steps and run.due(done, config.run.save_steps, last):
+        if run.saves(done, last):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
     run.finish(policy, tokenizer, merge=config.model.exports_merged)
 

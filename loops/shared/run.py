@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
-from loops.shared.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from loops.shared.checkpoint import (
+    NotSaved,
+    Saver,
+    find_checkpoint,
+    load_checkpoint,
+    read_extra,
+    read_manifest,
+    read_state,
+)
+from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
 from loops.shared.models import Reference
 from loops.shared.sharding import (
     Sharding,
@@ -53,7 +63,7 @@ class RunConfig:
     seed: int = 42
     """One seed for initial weights, order of rows, dropout and sampling."""
     resume_from: str = "none"
-    """`none`, `latest` (newest checkpoint of the run folder, or a new start), or the path of a checkpoint."""
+    """`none`, `latest` (newest checkpoint of the run folder, or a new start), `best` (by `save_best`), or a path."""
     num_train_epochs: float = 1.0
     """Passes over the training rows; ignored when `max_steps` is above 0."""
     max_steps: int = 0
@@ -66,6 +76,13 @@ class RunConfig:
     """Steps between two checkpoints; 0 means: none (the final export is always written)."""
     save_total_limit: int = 2
     """Checkpoints kept, the newest ones; 0 keeps all."""
+    save_best: str | None = None
+    """Metric (eval/loss, eval/accuracy, ...) by which the best checkpoint is kept besides the newest ones; it has to be
+    measured where checkpoints are saved."""
+    greater_is_better: bool | None = None
+    """Whether more of `save_best` is better; default: unless its name ends in loss."""
+    save_async: bool = True
+    """Write checkpoints while training goes on; costs a copy of what is saved in host memory."""
     log_completions_steps: int = 0
     """Steps between two printed tables of sample completions; 0 prints none."""
     report_to: str | list[str] = "none"
@@ -84,10 +101,25 @@ class RunConfig:
     """Further FSDP settings in transformers' spelling, read together with `fsdp`."""
     cpu_offload: bool = False
     """Keep shards in host memory, and run the optimizer there; implies `fsdp: full_shard`."""
+    on_non_finite: str = "stop"
+    """What a gradient that is no number does: `stop` the run, or `skip` the optimizer step (ten in a row stop it)."""
+    heartbeat_timeout: float = 40.0
+    """Seconds after which a process that nobody hears of ends the run."""
+    collective_timeout: float = 1800.0
+    """Seconds that processes wait for one that lives but is behind (a slow reward, say)."""
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in ("auto", "no", "bf16"):
             raise ValueError(f"mixed_precision is {self.mixed_precision!r}; give auto, no or bf16.")
+        if self.on_non_finite not in ("stop", "skip"):
+            raise ValueError(f"on_non_finite is {self.on_non_finite!r}; give stop or skip.")
+        if self.save_best and not self.save_steps:
+            raise ValueError(
+                f"save_best is {self.save_best!r} and save_steps 0: nothing would be saved; set save_steps."
+            )
+        for name in ("heartbeat_timeout", "collective_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number of seconds above 0.")
         for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more.")
@@ -120,6 +152,40 @@ class Run:
     identity: dict = field(default_factory=dict)  # what a checkpoint must agree on for its step to mean the same
     latest: dict[str, float] = field(default_factory=dict)  # newest value of each metric
     pending: dict[str, float] = field(default_factory=dict)  # seconds of what happened since the last row
+    logged: dict[str, float] = field(default_factory=dict)  # metrics of the newest row
+    stopping: bool = False  # some process was asked to end; all of them know after the step's `reduce`
+
+    def __post_init__(self) -> None:
+        accelerator, config = self.accelerator, self.config
+        self.guard = FiniteGuard(accelerator, config.on_non_finite)
+        # `accelerate launch` passes no signal on to a single process: its own end is the sign
+        alone = accelerator.num_processes == 1 and bool(_launcher_words())
+        self.stop = StopRequest(say=accelerator.is_main_process, follow_parent=alone)
+        self.watch = Watch(
+            accelerator,
+            heartbeat_timeout=config.heartbeat_timeout,
+            collective_timeout=config.collective_timeout,
+            stop=self.stop,
+        )
+        self.watch.start()
+        self.saver = Saver(self.folder, accelerator=accelerator)
+
+    def on_end(self, closer: Callable[[], object]) -> None:
+        """Call `closer` also where this process is ended from a thread (a dead peer, a second SIGTERM)."""
+        self.watch.closers.append(closer)
+        self.stop.closers.append(closer)
+
+    def at(self, step: int, what: str) -> None:
+        """Tell the other processes where this one is, for the message if it never comes further."""
+        self.watch.at(step, what)
+
+    def reduce(self, sums: dict) -> dict[str, float]:
+        """`reduce_sums` of the step; afterwards all processes agree whether the run is to stop."""
+        total = reduce_sums(self.accelerator, sums | {"stop_max": float(self.stop.requested)})
+        self.stopping = total.pop("stop_max") > 0
+        if self.guard.skipped:
+            total["optim/skipped_steps"] = float(self.guard.skipped)
+        return total
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal, from the main process."""
@@ -133,15 +199,20 @@ class Run:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Metrics of a step, to metrics.jsonl and the trackers; evaluations are also said."""
         metrics, self.pending = metrics | self.pending, {}
+        if self.config.on_non_finite == "skip":
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.latest |= metrics
+        self.logged = metrics
         self.tracker.log(metrics, step)
         self.tracker.progress(step, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
         if shown:
             self.say(f"step {step}: {shown}")
         for name, value in metrics.items():
-            if name.startswith(("loss/", "optim/")) and not math.isfinite(value):
-                raise RuntimeError(f"{name} is {value} at step {step}: the run has diverged; nothing was exported.")
+            if name.startswith("loss/") and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}: the run has diverged; nothing was exported."
+                )
 
     @property
     def sharded(self) -> bool:
@@ -175,7 +246,7 @@ class Run:
                     )
             if step > total_steps:
                 raise ValueError(f"{self.checkpoint} is at step {step}, beyond this run's {total_steps} (max_steps).")
-        elif self.config.resume_from == "latest":
+        elif self.config.resume_from != "none":
             self.say(f"{self.folder} holds no checkpoint: starting anew")
         fresh = not self.folder.exists()
         self.accelerator.wait_for_everyone()
@@ -197,6 +268,7 @@ class Run:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
         atexit.register(self.tracker.finish, ok=False)  # a run that ends early is marked as failed
+        self.on_end(partial(self.tracker.finish, ok=False))
         if self.accelerator.is_main_process:
             (self.folder / "config.yaml").write_text(self.resolved)
             name = f"provenance-{self.checkpoint.name}.json" if self.checkpoint else "provenance.json"
@@ -205,6 +277,7 @@ class Run:
 
     def load(self, policy: nn.Module, optimizer, scheduler) -> int:
         """Put the checkpoint to resume from back, if there is one; returns the step to go on from."""
+        self.stop.install()  # until here SIGTERM ends the process, as ever
         if self.checkpoint is None:
             return 0
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
@@ -212,23 +285,63 @@ class Run:
         self.say(f"resuming from {self.checkpoint}")
         return step
 
-    def save(self, policy: nn.Module, optimizer, scheduler, step: int, epoch: int) -> None:
-        """Write a checkpoint that a resumed run continues exactly; its seconds are in the next row, as `time/save`."""
+    def show_completions(self, prompts, completions, advantages, step: int, last: bool) -> None:
+        """A few completions of the first group, in the run folder and as a table, when that is due."""
+        every = self.config.log_completions_steps
+        if every and self.due(step, every, last):
+            shown = zip([prompt.text for prompt in prompts[:1]] * 4, completions, advantages.tolist(), strict=False)
+            self.tracker.completions([{"prompt": p, "completion": c.text, "advantage": a} for p, c, a in shown], step)
+
+    def extra(self) -> dict:
+        """What this process saved besides the training state; nothing where there were other numbers of processes."""
+        if not self.checkpoint or read_manifest(self.checkpoint)["world_size"] != self.accelerator.num_processes:
+            return {}
+        return read_extra(self.checkpoint, self.accelerator.process_index)
+
+    def saves(self, step: int, last: bool) -> bool:
+        """Whether a checkpoint is due after step `step`; always when the run is to stop."""
+        return self.stopping or bool(self.config.save_steps and self.due(step, self.config.save_steps, last))
+
+    def save(
+        self, policy: nn.Module, optimizer, scheduler, step: int, *, epoch: int, extra: dict | None = None
+    ) -> None:
+        """Write a checkpoint that a resumed run continues exactly; the seconds that training waits for it are in the
+        next row, as `time/save`. A run that was asked to stop ends here (exit code 143)."""
         began = time.perf_counter()
-        save_checkpoint(
-            self.folder,
-            accelerator=self.accelerator,
-            model=policy,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            step=step,
-            state={"step": step, "epoch": epoch, **self.identity},
-            keep=self.config.save_total_limit,
-        )
+        self.at(step, "saving")
+        name = self.config.save_best
+        greater = self.config.greater_is_better
+        if greater is None:
+            greater = not (name or "").endswith("loss")
+        try:
+            self.saver.save(
+                model=policy,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                step=step,
+                state={"step": step, "epoch": epoch, **self.identity, "model": self.settings["model"]},
+                keep=self.config.save_total_limit,
+                best=(name, self.logged[name], greater) if name and name in self.logged else None,
+                extra=extra,
+                wait=self.stopping or not self.config.save_async,
+            )
+        except NotSaved as error:  # what was saved before is still there, and so is the run
+            self.say(f"not saved: {error}")
         self.pending["time/save"] = time.perf_counter() - began
+        if self.stopping:
+            self.say(f"stopped after step {step}; go on with --resume_from latest --output_dir {self.folder}")
+            atexit.unregister(self.tracker.finish)
+            self.tracker.finish(ok=False)
+            self.watch.stop()
+            raise SystemExit(TERMINATED)
 
     def finish(self, policy: nn.Module, tokenizer, *, merge: bool) -> None:
         """Export the trained model to `model/` in the run folder, and close the trackers."""
+        self.at(-1, "exporting")
+        try:
+            self.saver.wait()
+        except NotSaved as error:
+            self.say(f"not saved: {error}")
         folder = self.folder / "model"
         card = {
             "base_model": self.settings["model"]["model_id"],
@@ -250,6 +363,8 @@ class Run:
                 values = [row[name] for row in rows if row.get(name) is not None]
                 if values:
                     self.say(f"{name} {values[0]:.4g} before, {values[-1]:.4g} after")
+        self.watch.stop()
+        self.stop.remove()
 
 
 def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) -> Run:
@@ -260,6 +375,8 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _settings.clear()
+    _settings.update(settings)
     on_cpu = not torch.accelerator.is_available()
     precision = config.mixed_precision
     if precision == "auto":
@@ -272,7 +389,7 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         on_cpu=on_cpu,
         processes=processes,
         per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", processes)),
-        handlers=[],
+        timeout=group_timeout(config.collective_timeout),
     )
     _check_launcher(accelerator, loop, processes, sharding)
     if on_cpu and accelerator.num_processes == 1:  # `accelerate launch` sets one thread a process
@@ -286,9 +403,12 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         model = Path(model_id).resolve().name if Path(model_id).exists() else model_id
         folder = Path(config.results_dir, model, config.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = Path(broadcast_object_list([str(folder)])[0])
-    checkpoint = find_checkpoint(folder, config.resume_from)
-    own = config.resume_from == "latest" or (checkpoint and checkpoint.resolve().parent.parent == folder.resolve())
-    if folder.exists() and any(folder.iterdir()) and not own:
+    checkpoint = find_checkpoint(folder, config.resume_from, accelerator=accelerator)
+    own = config.resume_from in ("latest", "best") or (
+        checkpoint and checkpoint.resolve().parent.parent == folder.resolve()
+    )
+    (taken,) = broadcast_object_list([folder.exists() and any(folder.iterdir())])
+    if taken and not own:
         raise ValueError(f"output_dir {folder} already holds files; give another output_dir, or resume_from: latest.")
     return Run(config, accelerator, loop, resolved, settings, folder, checkpoint, sharding)
 
@@ -311,21 +431,29 @@ def _find_sharding(config: RunConfig, loop: str, processes: int) -> Sharding | N
     return own or launcher
 
 
-def _asked_processes() -> int:
-    """Processes that the `accelerate launch` above this process was asked for; 1 where none can be seen.
-
-    With `--cpu`, or `use_cpu: true` in its file, it starts one process whatever the number, and tells it nothing.
-    """
+def _launcher_words() -> list[str]:
+    """The arguments of the `accelerate launch` above this process; empty where there is none, or none can be seen."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")[:-1]
     except OSError:  # no such file outside Linux
-        return 1
+        return []
     if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+        return []
+    return words[words.index("launch") + 1 :]
+
+
+def _asked_processes() -> int:
+    """Processes that `accelerate launch` was asked for; 1 where that cannot be seen.
+
+    With `--cpu`, or `use_cpu: true` in its file, it starts one process whatever the number, and tells it nothing.
+    """
+    words = _launcher_words()
+    if not words:
         return 1
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    arguments, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    arguments, _ = launch_command_parser().parse_known_args(words)
     if arguments.num_processes is not None:
         return arguments.num_processes
     file = arguments.config_file or (default_config_file if Path(default_config_file).is_file() else None)
@@ -345,15 +473,16 @@ def _check_launcher(accelerator: Accelerator, loop: str, processes: int, shardin
 
 
 def add_sums(into: dict, terms: dict) -> None:
-    """Add a micro-batch's detached sums to the step's; names that end in `_max` keep the larger value."""
+    """Add a micro-batch's detached sums to the step's; names that end in `_max` keep the larger value.
+
+    Tensors stay on their device, so that nothing waits for it between micro-batches.
+    """
     for name, value in terms.items():
-        value = float(value)
-        into[name] = _larger(into.get(name, value), value) if name.endswith("_max") else into.get(name, 0.0) + value
-
-
-def _larger(a: float, b: float) -> float:
-    """The larger of two numbers; not a number where one of them is not."""
-    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+        value = torch.as_tensor(value, dtype=torch.float64)
+        if name not in into:
+            into[name] = value
+        else:
+            into[name] = torch.maximum(into[name], value) if name.endswith("_max") else into[name] + value
 
 
 def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
@@ -362,13 +491,17 @@ def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
     Processes may hold different names (one that had nothing to do holds few): a missing name adds nothing.
     """
     total: dict[str, float] = {}
-    for terms in gather_object([dict(sums)]):
+    for terms in gather_object([{name: float(value) for name, value in sums.items()}]):
         for name, value in terms.items():
             if name.endswith("_max") or name.startswith(("time/", "optim/")):
-                total[name] = _larger(total.get(name, float(value)), float(value))
+                larger = math.nan if math.isnan(value) else max(value, total.get(name, value))
+                total[name] = math.nan if math.isnan(total.get(name, value)) else larger
             else:
-                total[name] = total.get(name, 0.0) + float(value)
+                total[name] = total.get(name, 0.0) + value
     return total
+
+
+_settings: dict = {}  # of the run that this process is in, for advice when memory runs out
 
 
 @contextmanager
@@ -391,6 +524,15 @@ def one_sentence_errors(prog: str) -> Iterator[None]:
             raise
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except torch.OutOfMemoryError as error:
+        traceback.print_exc()
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        advice = explain_out_of_memory(error, _settings, num_processes=processes)
+        print(f"{prog}: error: {advice}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 def seed_process(seed: int, rank: int) -> None:

@@ -10,12 +10,18 @@ import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    fsdp2_prepare_model,
+)
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -189,15 +195,26 @@ def _flag(key: str, value: Any) -> bool:
 
 
 def build_accelerator(
-    sharding: Sharding | None, *, precision: str, on_cpu: bool, processes: int, per_machine: int, handlers: list
+    sharding: Sharding | None,
+    *,
+    precision: str,
+    on_cpu: bool,
+    processes: int,
+    per_machine: int,
+    timeout: timedelta | None = None,
 ) -> Accelerator:
     """accelerate's object for one process, DDP, or FSDP2 where `sharding` is given and there are several processes.
 
-    processes: of the whole run; per_machine: of one machine. handlers: accelerate's `kwargs_handlers`.
+    processes: of the whole run; per_machine: of one machine. timeout: of the process group; None leaves torch's own.
     Raises ValueError where the copies of hybrid sharding do not divide the processes.
     """
-    if sharding is None or processes == 1:
-        return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    if processes == 1:
+        return Accelerator(cpu=on_cpu, mixed_precision=precision)
+    group = InitProcessGroupKwargs(timeout=timeout)
+    if sharding is not None and sharding.cpu_offload and not on_cpu:
+        group = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=timeout)  # norms of shards on the host
+    if sharding is None:
+        return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[group])
     copies = sharding.dp_replicate_size or max(1, processes // per_machine)
     if processes % copies or copies >= processes > 1 and copies != 1:
         raise ValueError(
@@ -222,13 +239,13 @@ def build_accelerator(
     if on_cpu:
         # accelerate shards on accelerators only. It decides by the kind of launch that PartialState found; device,
         # backend and ranks are fixed by then.
-        state = PartialState(cpu=True)
+        state = PartialState(cpu=True, **group.to_kwargs())
         if state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.MULTI_GPU
             state.device = torch.device("cpu")
     grid = ParallelismConfig(dp_replicate_size=copies, dp_shard_size=processes // copies) if copies > 1 else None
     accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision=precision, fsdp_plugin=plugin, parallelism_config=grid, kwargs_handlers=handlers
+        cpu=on_cpu, mixed_precision=precision, fsdp_plugin=plugin, parallelism_config=grid, kwargs_handlers=[group]
     )
     # FSDP2 computes in its policy's dtype by itself; autocast around some forwards and not others would tell a
     # reference from the policy that it is a copy of.

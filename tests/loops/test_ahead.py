@@ -1,30 +1,37 @@
 """Rollouts ahead of the step that trains: their order, how old their weights may be, what a checkpoint keeps."""
 
+import io
 import threading
 import time
 
 import pytest
+import torch
 
+from data.chat import Prompt
 from loops.shared.rollout import Completion, Sampling
-from loops.shared.rollout.ahead import Ahead, refuse_stale, sample_and_judge
+from loops.shared.rollout.ahead import Ahead, Share, rollout_sums, sample_and_judge
 
 
-def of_version(version):
-    return Completion([1], [-1.0], "stop", "x", version)
+def of_version(version, token=1):
+    return Completion([token], [-1.0], "stop", "x", version)
+
+
+def share(step, version, kind="new"):
+    return Share([], [[of_version(version, step)]], [kind], (0.0, 0.0))
 
 
 @pytest.mark.parametrize("level", [0, 1, 3])
-def test_batches_come_in_order_and_never_more_than_level_steps_ahead(level):
-    """The weight version grows by one a step; a batch of step s may see versions s - level .. s."""
+def test_rollouts_come_in_order_and_never_more_than_level_steps_ahead(level):
+    """The weight version grows by one a step; a rollout of step s may see versions s - level .. s."""
     version, seen = 0, []
 
-    def sample(step):
+    def sample(step, groups):
         seen.append((step, version))
-        return step
+        return share(step, version)
 
-    ahead = Ahead(sample, level=level, last=9)
+    ahead = Ahead(sample, level=level, last=9, record={})
     for step in range(10):
-        assert ahead.take(step) == step
+        assert ahead.take(step, newest=version).groups[0][0].token_ids == [step]
         time.sleep(0.01)  # the update, while others are sampled
         version += 1
     ahead.close()
@@ -37,10 +44,14 @@ def test_batches_come_in_order_and_never_more_than_level_steps_ahead(level):
 def test_sampling_overlaps_with_training():
     """Ten steps of 30 ms sampling and 30 ms training: 330 ms where they overlap, 600 ms where not."""
 
+    def sample(step, groups):
+        time.sleep(0.03)
+        return share(step, 0)
+
     def run(level):
-        ahead, began = Ahead(lambda step: time.sleep(0.03), level=level, last=9), time.perf_counter()
+        ahead, began = Ahead(sample, level=level, last=9, record={}), time.perf_counter()
         for step in range(10):
-            ahead.take(step)
+            ahead.take(step, newest=0)
             time.sleep(0.03)
         ahead.close()
         return time.perf_counter() - began
@@ -48,46 +59,72 @@ def test_sampling_overlaps_with_training():
     assert run(1) < 0.75 * run(0)
 
 
-def test_an_error_while_sampling_is_raised_where_the_batch_is_taken():
-    def sample(step):
+def test_an_error_while_sampling_is_raised_where_the_rollout_is_taken():
+    def sample(step, groups):
         if step == 1:
             raise RuntimeError("the server is gone")
-        return step
+        return share(step, 0)
 
-    ahead = Ahead(sample, level=1, last=5)
-    assert ahead.take(0) == 0
+    ahead = Ahead(sample, level=1, last=5, record={})
+    assert ahead.take(0, newest=0).verdicts == ["new"]
     with pytest.raises(RuntimeError, match="the server is gone"):
-        ahead.take(1)
+        ahead.take(1, newest=0)
     ahead.close()
 
 
 def test_a_resumed_run_takes_what_was_waiting_and_samples_the_rest():
-    first, sampled = Ahead(lambda step: ("old", step), level=2, last=9), []
-    first.take(0)
-    first.take(1)
-    while len(first.waiting()) < 2:  # steps 2 and 3
+    """Two rollouts wait when a checkpoint is made; through torch.save they are the same completions."""
+    first = Ahead(lambda step, groups: share(step, 5, "old"), level=2, last=9, record={})
+    first.take(0, newest=5)
+    first.take(1, newest=5)
+    while len(first.record().get("rollouts", {})) < 2:  # steps 2 and 3
         time.sleep(0.001)
-    kept = first.waiting()
+    file = io.BytesIO()
+    torch.save(first.record(), file)
     first.close()
-    assert kept == {2: ("old", 2), 3: ("old", 3)}
+    sampled = []
 
-    def sample(step):
+    def sample(step, groups):
+        if groups is not None:
+            return Share([], groups, ["judged again"], (0.0, 0.0))
         sampled.append(step)
-        return ("new", step)
+        return share(step, 6)
 
-    second = Ahead(sample, level=2, last=9, waiting=kept)
-    assert [second.take(step) for step in range(2, 6)] == [("old", 2), ("old", 3), ("new", 4), ("new", 5)]
+    file.seek(0)
+    second = Ahead(sample, level=2, last=9, record=torch.load(file, weights_only=True))
+    taken = [second.take(step, newest=6) for step in range(2, 6)]
     second.close()
+    assert [one.verdicts for one in taken] == [["judged again"]] * 2 + [["new"]] * 2
+    assert [one.groups for one in taken[:2]] == [[[of_version(5, 2)]], [[of_version(5, 3)]]]
     assert sampled[:2] == [4, 5]
 
 
 def test_nothing_is_sampled_beyond_the_last_step():
     sampled = []
-    ahead = Ahead(sampled.append, level=5, last=2)
+
+    def sample(step, groups):
+        sampled.append(step)
+        return share(step, 0)
+
+    ahead = Ahead(sample, level=5, last=2, record={})
     for step in range(3):
-        ahead.take(step)
+        ahead.take(step, newest=0)
     ahead.close()
     assert sampled == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("level", "version", "fine"), [(0, 4, True), (0, 3, False), (1, 3, True), (1, 2, False), (1, 5, False)]
+)
+def test_a_completion_of_other_weights_than_expected_is_refused(level, version, fine):
+    """Version 4 is served: level 0 takes 4 alone, level 1 also 3."""
+    ahead = Ahead(lambda step, groups: share(step, version), level=level, last=0, record={})
+    if fine:
+        ahead.take(0, newest=4)
+    else:
+        with pytest.raises(RuntimeError, match=f"weight version {version}"):
+            ahead.take(0, newest=4)
+    ahead.close()
 
 
 class HandsOver:
@@ -109,18 +146,20 @@ class HandsOver:
 def test_groups_are_judged_as_they_arrive_and_verdicts_stay_in_order():
     judged = threading.Event()
 
-    def judge(places, groups):
+    def judge(prompts, completions):
         judged.set()
-        return [places, [group[0].text for group in groups]]
+        return [(prompt.text, completion.text) for prompt, completion in zip(prompts, completions, strict=True)]
 
-    _, verdicts = sample_and_judge(
-        HandsOver(judged), [[1], [2]], judge, n=2, sampling=Sampling(), seed=0, prompt_numbers=[0, 1]
-    )
-    assert verdicts == [[[0], ["0"]], [[1], ["1"]]]
+    prompts = [Prompt([1], "a", {}), Prompt([2], "b", {})]
+    common = dict(n=2, sampling=Sampling(), seed=0, prompt_numbers=[0, 1])
+    found = sample_and_judge(HandsOver(judged), prompts, judge, **common)
+    assert found.verdicts == [[("a", "0")] * 2, [("b", "1")] * 2]
+    again = sample_and_judge(None, prompts, judge, **common, groups=found.groups)
+    assert again.verdicts == [found.verdicts[0] + found.verdicts[1]]
 
 
-def test_a_completion_of_other_weights_than_expected_is_refused():
-    refuse_stale([[of_version(4), of_version(3)]], newest=4, level=1)
-    for version in (2, 5):
-        with pytest.raises(RuntimeError, match=f"version {version}"):
-            refuse_stale([[of_version(4)], [of_version(version)]], newest=4, level=1)
+def test_groups_of_equal_rewards_are_counted():
+    """Three groups of two: 1 1, 0 1, nan nan (a missing reward equals nothing)."""
+    nan = float("nan")
+    sums = rollout_sums([[of_version(0)] * 2] * 3, [1.0, 1.0, 0.0, 1.0, nan, float("nan")])
+    assert sums["rollout/equal_groups"] == 1 and sums["rollout/completions"] == 6 and sums["rollout/groups"] == 3

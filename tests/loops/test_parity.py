@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from data.chat import Example, Pair, Prompt
 from data.pack import BatchConfig, rows_of_step, share_of_rank
 from loops import dpo, grpo, sft
+from loops.shared.guards import FiniteGuard
 from loops.shared.models import build_reference
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule
 from loops.shared.policy import enable_packing
@@ -77,11 +78,13 @@ def train(loop, kind, accelerator, sharding):
         if loop == "sft":
             micro = sft.build_microbatches(rows, examples, config, accelerator)
             count = sum(len(examples[row].input_ids) - 1 for row in rows)
-            sums = sft.train_step(policy, *common, micro, count, config, accelerator, True)
+            sums = sft.train_step(policy, *common, micro, count, config, accelerator, True, FiniteGuard(accelerator))
             losses.append(reduce_sums(accelerator, sums)["loss/sft"] / count)
         elif loop == "dpo":
             micro = dpo.build_microbatches(rows, pairs, None, config, accelerator)
-            sums = dpo.train_step(policy, reference, *common, micro, len(rows), config, accelerator, True)
+            sums = dpo.train_step(
+                policy, reference, *common, micro, len(rows), config, accelerator, True, FiniteGuard(accelerator)
+            )
             losses.append(reduce_sums(accelerator, sums)["loss/dpo"] / len(rows))
         else:  # recorded rollouts: completions and rewards of a step depend on the step alone
             g = torch.Generator().manual_seed(100 + step)
@@ -99,7 +102,9 @@ def train(loop, kind, accelerator, sharding):
             micro = grpo.build_microbatches([prompts[rows[p]] for p in share], own, mine, config, accelerator)
             count = sum(len(c.token_ids) for group in answers for c in group)
             down = loss_denominator("dapo", num_tokens=count, num_sequences=len(rewards), max_completion_length=20)
-            sums = grpo.train_step(policy, reference, *common, micro, down, config, accelerator, True)
+            sums = grpo.train_step(
+                policy, reference, *common, micro, down, config, accelerator, True, FiniteGuard(accelerator)
+            )
             losses.append(reduce_sums(accelerator, sums)["loss/policy"])
         norms.append(float(sums["optim/grad_norm"]))
     held = local_elements(policy)
@@ -117,9 +122,7 @@ def on_one_topology(name, folder, exact):
         make_float32_mean_float64()
     processes, fsdp = TOPOLOGIES[name]
     sharding = read_sharding(fsdp, {}, False)
-    accelerator = build_accelerator(
-        sharding, precision="no", on_cpu=True, processes=processes, per_machine=processes, handlers=[]
-    )
+    accelerator = build_accelerator(sharding, precision="no", on_cpu=True, processes=processes, per_machine=processes)
     assert accelerator.num_processes == processes
     numbers, weights = {}, {}
     for loop in LOOPS:

@@ -46,6 +46,8 @@ def run(loop: str, output_dir: Path, *options: str) -> list[dict]:
     common += ["--per_device_train_batch_size", str(BATCH[loop]), "--max_eval_samples", "12", "--warmup_steps", "1"]
     if loop == "grpo":  # a reward that random weights earn half of the time
         common += ["--reward_functions", "tests.loops.test_runs:first_token_is_even", "--reward_weights", "1"]
+    if loop == "dpo":  # the reference scores all of them first
+        common += ["--max_train_samples", "96"]
     if loop != "sft":
         common += ["--model_id", "data/quickstart/scratch", "--from_scratch"]
     threads = torch.get_num_threads()
@@ -291,7 +293,7 @@ def test_the_launchers_accumulation_is_refused(tmp_path, monkeypatch):
 
 def test_a_diverged_run_exports_nothing(tmp_path):
     settings = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--lr_scheduler_type", "constant"]
-    with pytest.raises(RuntimeError, match="diverged|not finite"):
+    with pytest.raises(FloatingPointError, match=r"step 2: the gradient's norm is nan.* rows: rank 0: \d+, "):
         run("sft", tmp_path, "--max_steps", "6", "--eval_reward", "null", *settings)
     assert not (tmp_path / "model").exists()
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from data.chat import Example
 from data.pack import BatchConfig, pack_examples
 from loops import sft
+from loops.shared.guards import FiniteGuard
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule
 from loops.shared.policy import choose_packing, score
@@ -106,7 +107,6 @@ def test_copies_must_divide_the_processes():
             on_cpu=True,
             processes=4,
             per_machine=4,
-            handlers=[],
         )
 
 
@@ -159,7 +159,9 @@ def train_variant(name, folder, accelerator, sharding):
     losses, references = [], []
     for _ in range(3):
         micro = sft.build_microbatches(range(6), EXAMPLES, loop, accelerator)
-        sums = sft.train_step(policy, optimizer, scheduler, micro, count, loop, accelerator, True)
+        sums = sft.train_step(
+            policy, optimizer, scheduler, micro, count, loop, accelerator, True, FiniteGuard(accelerator)
+        )
         losses.append(reduce_sums(accelerator, sums)["loss/sft"] / count)
         with torch.no_grad(), reference.active() as model:  # the start again, whatever was trained since
             references.append(-score(model, batch).logprobs.sum().item() / count)
@@ -205,7 +207,7 @@ def on_shards(folder, processes, fsdp, variants, precision):
     torch.set_num_threads(1)
     sharding = read_sharding(fsdp, {}, False)
     accelerator = build_accelerator(
-        sharding, precision=precision, on_cpu=True, processes=processes, per_machine=processes, handlers=[]
+        sharding, precision=precision, on_cpu=True, processes=processes, per_machine=processes
     )
     results = {}
     for name in variants:

@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from data.chat import Example, Pair, Prompt
 from data.pack import BatchConfig
 from loops import dpo, grpo, sft
+from loops.shared.guards import FiniteGuard
 from loops.shared.models import build_reference
 from loops.shared.policy import enable_packing
 from loops.shared.rollout import Completion, RolloutConfig
@@ -57,11 +58,13 @@ def one_step(loop: str, accelerator, *, max_rows: int = 8, max_tokens: int = 0, 
         examples = [Example(ids, [True] * len(ids)) for ids in (draw(g, 2, 20) for _ in range(8))]
         micro = sft.build_microbatches(range(8), examples, config, accelerator)
         count = sum(len(e.input_ids) - 1 for e in examples)
-        sums = sft.train_step(wrapped, *common, micro, count, config, accelerator, packing)
+        sums = sft.train_step(wrapped, *common, micro, count, config, accelerator, packing, FiniteGuard(accelerator))
     elif loop == "dpo":
         pairs = [Pair(draw(g, 1, 9), draw(g, 1, 20), draw(g, 1, 20)) for _ in range(8)]
         micro = dpo.build_microbatches(range(8), pairs, None, config, accelerator)
-        sums = dpo.train_step(wrapped, reference, *common, micro, 8, config, accelerator, packing)
+        sums = dpo.train_step(
+            wrapped, reference, *common, micro, 8, config, accelerator, packing, FiniteGuard(accelerator)
+        )
     else:
         config = replace(config, rollout=RolloutConfig(num_generations=4, max_completion_length=20))
         prompts = [Prompt(draw(g, 1, 9), "", {}) for _ in range(2)]
@@ -76,7 +79,15 @@ def one_step(loop: str, accelerator, *, max_rows: int = 8, max_tokens: int = 0, 
         tokens = sum(len(c.token_ids) for c in completions)
         denominator = loss_denominator(config.loss_type, num_tokens=tokens, num_sequences=8, max_completion_length=20)
         sums = grpo.train_step(
-            wrapped, reference if config.beta else None, *common, micro, denominator, config, accelerator, packing
+            wrapped,
+            reference if config.beta else None,
+            *common,
+            micro,
+            denominator,
+            config,
+            accelerator,
+            packing,
+            FiniteGuard(accelerator),
         )
     weights = {n: p.detach().clone() for n, p in policy.named_parameters()}
     return weights, sums, len(micro)

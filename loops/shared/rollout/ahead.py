@@ -2,56 +2,101 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from loops.shared.rollout.contract import Completion, Engine, Sampling
 
-Batch = TypeVar("Batch")
 Verdict = TypeVar("Verdict")
 
 
-class Ahead(Generic[Batch]):
-    """The batches of a run in the order of its steps, each sampled at most `level` steps before it is taken.
+class Share(NamedTuple, Generic[Verdict]):
+    """What a process sampled for a step, and what was said of it."""
+
+    prompts: list[Any]
+    """Of this process (data.chat.Prompt)."""
+    groups: list[list[Completion]]
+    """One list of completions a prompt, in the order of the prompts."""
+    verdicts: list[Verdict]
+    """Of the judge, in the same order; one where the engine handed all groups over at once."""
+    seconds: tuple[float, float]
+    """Of sampling, and of the judging that was left when sampling ended."""
+
+
+class Ahead(Generic[Verdict]):
+    """The rollouts of a run in the order of its steps, each sampled at most `level` steps before it is taken.
 
     Level 0 samples a step when it is taken, in the caller's thread: weights are never older than the step. At level n
-    one thread samples the steps up to n ahead, so a batch is made of weights at most n updates old (some tokens of
-    newer ones, where the engine takes updates in flight). The order of batches, and the seeds in them, are the same at
-    every level. What is sampled and not taken yet can be put into a checkpoint: `waiting`.
+    one thread samples the steps up to n ahead, so a rollout is made of weights at most n updates old (some tokens of
+    newer ones, where the engine takes updates in flight). The order of rollouts, and the seeds in them, are the same at
+    every level. What is sampled and not taken yet can be put into a checkpoint: `record`.
     """
 
     def __init__(
-        self, sample: Callable[[int], Batch], *, level: int, last: int, waiting: Mapping[int, Batch] | None = None
+        self,
+        sample: Callable[[int, list[list[Completion]] | None], Share[Verdict]],
+        *,
+        level: int,
+        last: int,
+        record: Mapping[str, Any],
     ):
-        """sample: makes the batch of a step (from 0), without any exchange between processes; last: the last step;
-        waiting: batches by step that a resumed run takes before it samples."""
+        """sample: makes the rollout of a step (from 0), without any exchange between processes; given groups that were
+        sampled before, it only judges them. last: the last step. record: `record()` of a checkpoint, or empty."""
         self._sample, self._level, self._last = sample, level, last
-        self._coming: dict[int, Future[Batch]] = {}
-        for step, batch in (waiting or {}).items():
-            self._coming[step] = Future()
-            self._coming[step].set_result(batch)
+        self._recorded = {
+            step: [[Completion(**completion) for completion in group] for group in groups]
+            for step, groups in record.get("rollouts", {}).items()
+        }
+        self._coming: dict[int, Future[Share[Verdict]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout") if level else None
 
-    def take(self, step: int) -> Batch:
-        """The batch of `step`; those of the `level` steps after it are under way when it returns. Raises what sampling
-        it raised."""
-        if self._thread is not None:
+    def take(self, step: int, *, newest: int) -> Share[Verdict]:
+        """The rollout of `step`; those of the `level` steps after it are under way when it returns.
+
+        Raises what sampling it raised, and RuntimeError where a completion is not of the last `level + 1` weight
+        versions, `newest` being the one that is served.
+        """
+        if self._thread is None:
+            share = self._make(step)
+        else:
             for coming in range(step, min(step + self._level, self._last) + 1):
                 if coming not in self._coming:
-                    self._coming[coming] = self._thread.submit(self._sample, coming)
-        return self._coming.pop(step).result() if step in self._coming else self._sample(step)
+                    self._coming[coming] = self._thread.submit(self._make, coming)
+            share = self._coming.pop(step).result()
+        versions = {completion.weight_version for group in share.groups for completion in group}
+        wrong = sorted(version for version in versions if not newest - self._level <= version <= newest)
+        if wrong:
+            raise RuntimeError(
+                f"a completion was sampled from weight version {wrong[0]}, but the engine serves {newest} and "
+                f"async_level is {self._level}: the engine did not take an update."
+            )
+        return share
 
-    def waiting(self) -> dict[int, Batch]:
-        """Batches by step that are sampled and not taken; those still under way would be sampled again."""
-        return {
-            step: future.result()
+    def _make(self, step: int) -> Share[Verdict]:
+        return self._sample(step, self._recorded.pop(step, None))
+
+    def record(self) -> dict[str, Any]:
+        """What is sampled and not taken, in types of a checkpoint; what is still under way is sampled again."""
+        done = {
+            step: future.result().groups
             for step, future in self._coming.items()
             if future.done() and not future.cancelled() and future.exception() is None
         }
+        rollouts = {**self._recorded, **done}
+        if not rollouts:
+            return {}
+        return {
+            "rollouts": {
+                step: [[asdict(completion) for completion in group] for group in groups]
+                for step, groups in rollouts.items()
+            }
+        }
 
     def close(self) -> None:
-        """Let go of what was not taken; waits for the batch under way."""
+        """Let go of what was not taken; waits for the rollout under way."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._coming.clear()
@@ -59,40 +104,63 @@ class Ahead(Generic[Batch]):
 
 def sample_and_judge(
     engine: Engine,
-    prompts: list[list[int]],
-    judge: Callable[[list[int], list[list[Completion]]], Verdict],
+    prompts: list[Any],
+    judge: Callable[[list[Any], list[Completion]], Verdict],
     *,
     n: int,
     sampling: Sampling,
     seed: int,
     prompt_numbers: list[int],
-) -> tuple[list[list[Completion]], list[Verdict]]:
-    """(`engine.sample`'s groups, verdicts on them in the order of the prompts).
+    groups: list[list[Completion]] | None = None,
+) -> Share[Verdict]:
+    """`n` completions of each prompt (an object with `prompt_ids`), and the verdicts on them.
 
-    judge: takes places in `prompts` and their groups. An engine that hands groups over one by one has each judged while
-    the others are still sampled, one after the other in a thread of their own; one that returns all at once has them
-    judged in one call.
+    judge: takes prompts and completions, one of each a row. An engine that hands groups over one by one has each judged
+    while the others are still sampled, one after the other in a thread of their own; one that returns all at once has
+    them judged in one call. groups: completions that are there already, and are only judged.
     """
-    verdicts: dict[int, Future[Any]] = {}
+    began = time.perf_counter()
+    verdicts: dict[int, Future[Verdict]] = {}
+
+    def judge_places(places: list[int], found: list[list[Completion]]) -> Verdict:
+        asked = [prompts[place] for place, group in zip(places, found, strict=True) for _ in group]
+        return judge(asked, [completion for group in found for completion in group])
+
     with ThreadPoolExecutor(1, thread_name_prefix="judge") as thread:
 
         def arrived(place: int, group: list[Completion]) -> None:
-            verdicts[place] = thread.submit(judge, [place], [group])
+            verdicts[place] = thread.submit(judge_places, [place], [group])
 
-        groups = engine.sample(
-            prompts, n=n, sampling=sampling, seed=seed, prompt_numbers=prompt_numbers, arrived=arrived
-        )
-        if not verdicts:
-            return groups, [judge(list(range(len(groups))), groups)]
-        return groups, [verdicts[place].result() for place in range(len(groups))]
+        if groups is None:
+            ids = [prompt.prompt_ids for prompt in prompts]
+            groups = engine.sample(
+                ids, n=n, sampling=sampling, seed=seed, prompt_numbers=prompt_numbers, arrived=arrived
+            )
+        sampled = time.perf_counter()
+        if verdicts:
+            found = [verdicts[place].result() for place in range(len(groups))]
+        else:
+            found = [judge_places(list(range(len(groups))), groups)]
+    return Share(prompts, groups, found, (sampled - began, time.perf_counter() - sampled))
 
 
-def refuse_stale(groups: list[list[Completion]], *, newest: int, level: int) -> None:
-    """Raise RuntimeError where a completion is not of the last `level + 1` weight versions, `newest` being served."""
-    versions = {completion.weight_version for group in groups for completion in group}
-    wrong = sorted(version for version in versions if not newest - level <= version <= newest)
-    if wrong:
-        raise RuntimeError(
-            f"a completion was sampled from weight version {wrong[0]}, but the engine serves {newest} and async_level "
-            f"is {level}: the engine did not take an update."
-        )
+def rollout_sums(groups: list[list[Completion]], totals: list[float]) -> dict[str, float]:
+    """Counts of a process's rollouts, to be added over processes. totals: rewards, one a completion."""
+    completions = [completion for group in groups for completion in group]
+    size = len(groups[0]) if groups else 1
+    return {
+        "rollout/completions": len(completions),
+        "rollout/groups": len(groups),
+        "rollout/equal_groups": sum(len(set(totals[i : i + size])) == 1 for i in range(0, len(totals), size)),
+        "rollout/truncated": sum(completion.finish_reason == "length" for completion in completions),
+        "tokens/completions": sum(len(completion.token_ids) for completion in completions),
+    }
+
+
+def rollout_statistics(sums: dict[str, float]) -> dict[str, float]:
+    """Shares and means from added-up `rollout_sums`."""
+    return {
+        "rollout/equal_groups": sums["rollout/equal_groups"] / sums["rollout/groups"],
+        "rollout/truncated": sums["rollout/truncated"] / sums["rollout/completions"],
+        "rollout/completion_length": sums["tokens/completions"] / sums["rollout/completions"],
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -60,3 +61,12 @@ def greedy_evaluation(
     table = torch.tensor([list(sums.values()), list(counts.values())], dtype=torch.float64)
     total, count = accelerator.reduce(table.to(accelerator.device), "sum").tolist()
     return {f"eval/{name}": total[i] / count[i] for i, name in enumerate(sums) if count[i]}
+
+
+def reward_evaluation(engine: Engine, prompts: Sequence, judges: dict[str, Callable], **settings) -> dict[str, float]:
+    """`greedy_evaluation` with its time, and `eval/loss`: what GRPO minimises, the negative mean reward."""
+    began = time.perf_counter()
+    metrics = greedy_evaluation(engine, prompts, judges, **settings)
+    if "eval/reward" in metrics:
+        metrics["eval/loss"] = -metrics["eval/reward"]
+    return metrics | {"time/eval": time.perf_counter() - began}

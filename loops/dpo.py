@@ -187,7 +187,8 @@ def evaluate(policy, reference, frozen, engine, pairs, prompts, judges, config, 
         add_sums(sums, score_batch(policy, reference, batch, logps, config, accelerator, packing)[1])
     policy.train()
     total = reduce_sums(accelerator, sums)
-    metrics = greedy_evaluation(engine, prompts, judges, sampling=config.rollout.sampling(), accelerator=accelerator)
+    settings = {"sampling": config.rollout.sampling(), "accelerator": accelerator}
+    metrics = greedy_evaluation(engine, prompts, judges, policy=policy, **settings)
     metrics["eval/loss"] = total["loss/dpo"] / max(total["pairs"], 1)
     metrics["eval/reward_accuracy"] = total["reward/accuracy"] / max(total["pairs"], 1)  # margin > 0
     metrics["eval/reward_margin"] = total["reward/margin"] / max(total["pairs"], 1)
@@ -221,7 +222,7 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
-    policy, optimizer = run.prepare(policy, optimizer, reference)
+    policy, optimizer = run.prepare(policy, optimizer, reference, engine)
     run.open(total_steps, rows=len(pairs), rows_per_step=rows_per_step)
     frozen = eval_frozen = None
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read

@@ -173,7 +173,7 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
 
 
 def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard):
-    """`num_iterations` optimizer steps on one set of rollouts; returns sums of metrics over this process's tokens."""
+    """`num_iterations` optimizer steps on a set of rollouts: (sums of metrics, log-probabilities [B, T] before)."""
     sums, old, frozen, temperature = {}, {}, {}, config.rollout.temperature
     for iteration in range(config.num_iterations):
         for number, (batch, advantages, sampled) in enumerate(microbatches):
@@ -202,7 +202,7 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
             optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    return sums
+    return sums, old
 
 
 def step_metrics(total):
@@ -244,7 +244,7 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps * config.num_iterations)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
-    policy, optimizer = run.prepare(policy, optimizer, reference)
+    policy, optimizer = run.prepare(policy, optimizer, reference, engine)
     run.open(total_steps, rows=len(prompts), rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     engine.sync(policy)
@@ -273,7 +273,7 @@ def main(config: Config) -> None:
         )
         run.at(step, "the update")
         updating = time.perf_counter()
-        sums = train_step(
+        sums, old = train_step(
             policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, run.guard
         )
         sums["time/update"] = time.perf_counter() - updating
@@ -281,7 +281,7 @@ def main(config: Config) -> None:
         sums["time/step"] = time.perf_counter() - began
         metrics = step_metrics(counts | run.reduce(sums))
         if step == start or config.rollout.check_due(step):
-            check_sampler(metrics["policy/mismatch_max"], policy, accelerator)
+            check_sampler(microbatches, old, policy, accelerator, config.rollout.max_mismatch)
 
         done, last = step + 1, step + 1 == total_steps
         if eval_prompts and run.due(done, config.run.eval_steps, last):
@@ -291,7 +291,6 @@ def main(config: Config) -> None:
         if run.saves(done, last):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=ahead.record())
     ahead.close()
-    engine.close()
     run.finish(policy, tokenizer, merge=config.model.exports_merged)
 
 

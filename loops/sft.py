@@ -112,7 +112,8 @@ def evaluate(policy, engine, examples, prompts, judges, config, accelerator, pac
         add_sums(sums, score_batch(policy, batch, config, packing)[1])
     policy.train()
     total = reduce_sums(accelerator, sums)
-    metrics = greedy_evaluation(engine, prompts, judges, sampling=config.rollout.sampling(), accelerator=accelerator)
+    settings = {"sampling": config.rollout.sampling(), "accelerator": accelerator}
+    metrics = greedy_evaluation(engine, prompts, judges, policy=policy, **settings)
     metrics["eval/loss"] = total["loss/sft"] / max(total["tokens/loss"], 1)
     return metrics | {"time/eval": time.perf_counter() - began}
 
@@ -143,7 +144,7 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
-    policy, optimizer = run.prepare(policy, optimizer)
+    policy, optimizer = run.prepare(policy, optimizer, None, engine)
     run.open(total_steps, rows=len(examples), rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     if start == 0 and eval_examples:

@@ -37,6 +37,7 @@ from loops.shared.checkpoint import (
 )
 from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
 from loops.shared.models import Reference
+from loops.shared.rollout import Engine
 from loops.shared.sharding import (
     Sharding,
     build_accelerator,
@@ -153,6 +154,7 @@ class Run:
     latest: dict[str, float] = field(default_factory=dict)  # newest value of each metric
     pending: dict[str, float] = field(default_factory=dict)  # seconds of what happened since the last row
     logged: dict[str, float] = field(default_factory=dict)  # metrics of the newest row
+    engine: Engine | None = None
     stopping: bool = False  # some process was asked to end; all of them know after the step's `reduce`
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ class Run:
         self.saver = Saver(self.folder, accelerator=accelerator)
 
     def on_end(self, closer: Callable[[], object]) -> None:
-        """Call `closer` also where this process is ended from a thread (a dead peer, a second SIGTERM)."""
+        """Call `closer` where this process is ended from a thread (a dead peer, a second SIGTERM); atexit is not."""
         self.watch.closers.append(closer)
         self.stop.closers.append(closer)
 
@@ -219,8 +221,14 @@ class Run:
         """Whether models are split over processes."""
         return is_sharded(self.accelerator)
 
-    def prepare(self, policy: nn.Module, optimizer, reference: Reference | None = None):
-        """(policy, optimizer) wrapped or sharded for this run's processes; from here on each has its own randomness."""
+    def prepare(self, policy: nn.Module, optimizer, reference: Reference | None, engine: Engine | None):
+        """(policy, optimizer) wrapped or sharded for this run's processes; from here on each has its own randomness.
+
+        The engine is closed when the run ends, however it does.
+        """
+        if engine is not None:
+            self.engine = engine
+            self.on_end(engine.close)
         prepared = prepare(self.accelerator, policy, optimizer, reference=reference, sharding=self.sharding)
         self.say(sharding_line(self.accelerator, policy, self.sharding))
         for sentence in self.sharding.ignored if self.sharding else ():
@@ -363,6 +371,8 @@ class Run:
                 values = [row[name] for row in rows if row.get(name) is not None]
                 if values:
                     self.say(f"{name} {values[0]:.4g} before, {values[-1]:.4g} after")
+        if self.engine is not None:
+            self.engine.close()
         self.watch.stop()
         self.stop.remove()
 

@@ -102,7 +102,7 @@ def train(loop, kind, accelerator, sharding):
             micro = grpo.build_microbatches([prompts[rows[p]] for p in share], own, mine, config, accelerator)
             count = sum(len(c.token_ids) for group in answers for c in group)
             down = loss_denominator("dapo", num_tokens=count, num_sequences=len(rewards), max_completion_length=20)
-            sums = grpo.train_step(
+            sums, _ = grpo.train_step(
                 policy, reference, *common, micro, down, config, accelerator, True, FiniteGuard(accelerator)
             )
             losses.append(reduce_sums(accelerator, sums)["loss/policy"])

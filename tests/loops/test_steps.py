@@ -78,7 +78,7 @@ def one_step(loop: str, accelerator, *, max_rows: int = 8, max_tokens: int = 0, 
         micro = grpo.build_microbatches(mine, completions[share], advantages[share], config, accelerator)
         tokens = sum(len(c.token_ids) for c in completions)
         denominator = loss_denominator(config.loss_type, num_tokens=tokens, num_sequences=8, max_completion_length=20)
-        sums = grpo.train_step(
+        sums, _ = grpo.train_step(
             wrapped,
             reference if config.beta else None,
             *common,

@@ -11,26 +11,33 @@ from accelerate import Accelerator
 from torch import nn
 
 from loops.shared.rollout.contract import Completion, Engine, Sampling
+from loops.shared.rollout.mismatch import explain_mismatch
 
 # How far the sampler's and the trainer's log-probability of one token may lie apart, by dtype of the weights.
 MISMATCH_LIMIT = {torch.float64: 0.01, torch.float32: 0.05}
 LOW_PRECISION_LIMIT = 2.0
 
 
-def check_sampler(mismatch: float, policy: nn.Module, accelerator: Accelerator) -> None:
-    """Raise RuntimeError where the first step's samples were scored otherwise than they were drawn.
+def check_sampler(
+    microbatches: Sequence, scored: dict[int, torch.Tensor], policy: nn.Module, accelerator: Accelerator, limit: float
+) -> None:
+    """Raise RuntimeError where a step's samples were scored otherwise than they were drawn, with the worst token.
 
-    mismatch: largest difference of a token's log-probability in nats. Not checked where dropout makes scores random.
+    microbatches: (packed batch, advantages, sampler's log-probabilities [B, T]); scored: the trainer's [B, T] of each,
+    by number. limit: in nats, 0 chooses by dtype. Not checked where dropout makes scores random.
     """
-    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
-    limit = max(MISMATCH_LIMIT.get(p.dtype, LOW_PRECISION_LIMIT) for p in policy.parameters())
-    if accelerator.mixed_precision != "no":
-        limit = LOW_PRECISION_LIMIT
-    if mismatch > limit and not dropout:
-        raise RuntimeError(
-            f"sampler and trainer give one token log-probabilities {mismatch:.2g} nats apart (limit {limit}): the "
-            f"engine does not sample from {type(policy).__name__} as it is trained."
-        )
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules()):
+        return
+    if not limit:
+        limit = max(MISMATCH_LIMIT.get(p.dtype, LOW_PRECISION_LIMIT) for p in policy.parameters())
+        limit = limit if accelerator.mixed_precision == "no" else LOW_PRECISION_LIMIT
+    masks = [batch.mask for batch, _, _ in microbatches]
+    sampled = torch.cat([sampled[mask] for (_, _, sampled), mask in zip(microbatches, masks, strict=True)])
+    trained = torch.cat([scored[number][mask] for number, mask in enumerate(masks)])
+    tokens = torch.cat([batch.scatter(batch.targets)[batch.mask] for batch, _, _ in microbatches])
+    sentence = explain_mismatch(sampled, trained, tokens, limit=limit) if len(tokens) else None
+    if sentence:
+        raise RuntimeError(f"the engine does not sample from the policy as it is trained: {sentence}")
 
 
 def greedy_evaluation(
@@ -40,14 +47,18 @@ def greedy_evaluation(
     *,
     sampling: Sampling,
     accelerator: Accelerator,
+    policy: nn.Module | None = None,
 ) -> dict[str, float]:
     """Means over all prompts, shared out over the processes: `eval/NAME` for each judge, and `eval/completion_length`.
 
     prompts: objects with `prompt_ids`, `text`, `columns` (data.chat.Prompt). A judge takes (prompts, completions) and
     returns one float a completion, NaN where it cannot say; such rows are left out of its mean. Without judges: empty.
+    policy: synced with the engine first, where that has not happened.
     """
     if not judges:
         return {}
+    if policy is not None:
+        engine.sync(policy)
     mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     chosen = [prompts[i] for i in mine]
     greedy = replace(sampling, temperature=0.0)

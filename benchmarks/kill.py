@@ -40,7 +40,15 @@ SETTINGS = {
     "grpo": ["--per_device_train_batch_size", "16", "--num_generations", "4", "--max_completion_length", "12"],
 }
 STEPS = 5
-POINTS = ("step", "generation", "fsync", "before rename", "after rename", "removal", "time")
+POINTS = {  # -> how often a run comes there, about
+    "step": STEPS,
+    "generation": 12,
+    "fsync": 40,
+    "before rename": 2 * STEPS,
+    "after rename": 2 * STEPS,
+    "removal": 8 * STEPS,
+    "time": 1,
+}
 DEADLINE = 60.0  # seconds that a process may outlive a killed one
 
 
@@ -179,11 +187,12 @@ def run_case(loop: str, topology: str, kills: int, chance: random.Random, parent
         folder = parent / f"{loop}-{topology}-{runs}"
         for tries in range(1000):
             # the last attempts of a run come through: what is to be shown is the weights at its end
-            point = chance.choice(POINTS) if tries < 12 and sum(counted.values()) < kills else ""
+            point = chance.choice(list(POINTS)) if tries < 12 and sum(counted.values()) < kills else ""
             victim = chance.randrange(TOPOLOGIES[topology][0]) if point else None
             seconds = chance.uniform(0.05, length) if point == "time" else None
+            count = chance.randint(1, max(1, POINTS.get(point, 1) // (1 + tries)))  # less is left of the run each time
             through, later = attempt(
-                loop, topology, folder, log, victim=victim, point=point, count=chance.randint(1, 12), seconds=seconds
+                loop, topology, folder, log, victim=victim, point=point, count=count, seconds=seconds
             )
             outlived = max(outlived, later)
             if through:

@@ -255,11 +255,11 @@ def main(config: Config) -> None:
     sample = partial(
         sample_batch, prompts=prompts, engine=engine, rewards=rewards, config=config, accelerator=accelerator
     )
-    ahead = Ahead(sample, level=config.rollout.async_level, last=total_steps - 1, record=run.extra())
+    ahead = Ahead(sample, engine, level=config.rollout.async_level, last=total_steps - 1, record=run.extra())
     for step in range(start, total_steps):
         began = time.perf_counter()
         run.at(step, "the rollout")
-        share = ahead.take(step, newest=engine.weight_version)
+        share = ahead.take(step)
         engine.rest()
         run.at(step, "the rewards")
         completions, advantages, sums = compare_rewards(share, config, run)
@@ -280,7 +280,7 @@ def main(config: Config) -> None:
         sums["time/sync"] = engine.sync(policy).seconds
         sums["time/step"] = time.perf_counter() - began
         metrics = step_metrics(counts | run.reduce(sums))
-        if step == start or config.rollout.check_due(step):
+        if config.rollout.check_due(step, first=step == start):
             check_sampler(microbatches, old, policy, accelerator, config.rollout.max_mismatch)
 
         done, last = step + 1, step + 1 == total_steps

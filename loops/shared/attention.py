@@ -13,6 +13,7 @@ Legend: N tokens, S segments, Q heads of queries, R heads of keys, D head dimens
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -176,6 +177,8 @@ def flash_call() -> Callable | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
+        return None
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # of an older torch
         return None
 
     def with_torch(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):

@@ -38,6 +38,7 @@ TERMINATED = 128 + signal.SIGTERM  # exit code of a process that SIGTERM ended
 HURRIED = 6.0  # seconds of silence that are enough once this process itself is asked to end
 GRACE = 4.0  # seconds left to the main thread, which often gets an error of its own when a peer is gone
 CLOSING = 5.0  # seconds that servers and trackers get to end when the process cannot go on
+ECHO = 2.0  # seconds within which a second SIGTERM is the first one, heard again
 POLL = 0.5  # seconds between two looks
 
 
@@ -74,7 +75,7 @@ class StopRequest:
         self._wished = threading.Event()
         self._say = say
         self._parent = os.getppid() if follow_parent else None
-        self._handled = self._woken = 0  # signals that Python's handler and the wake-up socket saw; either can lag
+        self._first = 0.0  # when the first signal came, seen by Python's handler or the wake-up socket; either can lag
         self._installed = False
 
     @property
@@ -112,33 +113,39 @@ class StopRequest:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one that came since the fork acts now
 
+    def _again(self) -> bool:
+        """Whether a signal is a second wish. One that comes at once is the launcher's, which passes on what all
+        processes of the job were sent."""
+        self._first = self._first or time.monotonic()
+        return time.monotonic() - self._first > ECHO
+
     def _on_signal(self, number: int, frame: object) -> None:
-        self._handled += 1
         self._wished.set()
-        if self._handled > 1:
+        if self._again():
             self._quit()
 
     def _listen(self, reader: socket.socket) -> None:
         """Count signals as they come, also those for which Python's handler has to wait."""
         reader.settimeout(POLL)
-        said = False
+        said = woken = False
         while True:
             try:
                 received = reader.recv(64)  # one byte a signal: its number
                 if not received:
                     return reader.close()
-                self._woken += received.count(signal.SIGTERM)
+                if signal.SIGTERM in received:
+                    woken = True
+                    if self._again():
+                        self._quit()
             except TimeoutError:
                 pass  # nothing came: look at the parent
             orphaned = self._parent is not None and os.getppid() != self._parent
-            if self._woken or orphaned:
+            if woken or orphaned:
                 self._wished.set()
             if self.requested and self._say and not said:
                 said = True
-                reason = "the process that started this one is gone" if orphaned and not self._woken else "SIGTERM"
+                reason = "the process that started this one is gone" if orphaned and not woken else "SIGTERM"
                 os.write(2, f"{reason}: stopping after this step; another SIGTERM ends the run at once\n".encode())
-            if self._woken > 1:
-                self._quit()
 
     def _quit(self) -> None:
         end_process("a second SIGTERM: ending at once, without saving", TERMINATED, self.closers)

@@ -96,8 +96,8 @@ class RunConfig:
     """`no`, `bf16` (autocast around the forward; under fsdp bf16 parameters, and reductions and outputs in fp32), or
     `auto`: bf16 on a GPU that has it, else no."""
     fsdp: str | dict = field(default_factory=dict)
-    """Sharding over processes with FSDP2: the string `full_shard auto_wrap offload`, or a mapping (full_shard,
-    dp_replicate_size, forward_prefetch, ...: `loops/shared/sharding.py`); empty means none."""
+    """Sharding over processes with FSDP2: the string `full_shard auto_wrap offload`, or a mapping
+    (reshard_after_forward, dp_replicate_size, ...: `loops/shared/sharding.py`); empty means none."""
     fsdp_config: dict = field(default_factory=dict)
     """Further FSDP settings in transformers' spelling, read together with `fsdp`."""
     cpu_offload: bool = False
@@ -249,8 +249,12 @@ class Run:
             step = state["step"]
             for name, value in self.identity.items():
                 if state.get(name) != value:
+                    hint = ""
+                    if name == "rows_per_step":
+                        hint = "; on another number of processes set train_batch_size (in GRPO prompts_per_step)"
                     raise ValueError(
-                        f"{self.checkpoint} has {name} {state.get(name)} and this run {value}: it is of another run."
+                        f"{self.checkpoint} has {name} {state.get(name)} and this run {value}: it is of another "
+                        f"run{hint}."
                     )
             if step > total_steps:
                 raise ValueError(f"{self.checkpoint} is at step {step}, beyond this run's {total_steps} (max_steps).")
@@ -308,6 +312,8 @@ class Run:
 
     def saves(self, step: int, last: bool) -> bool:
         """Whether a checkpoint is due after step `step`; always when the run is to stop."""
+        if "time/eval" in self.logged:  # an evaluation may have been long, and the next step's `reduce` is far
+            self.reduce({})
         return self.stopping or bool(self.config.save_steps and self.due(step, self.config.save_steps, last))
 
     def save(
@@ -321,6 +327,7 @@ class Run:
         greater = self.config.greater_is_better
         if greater is None:
             greater = not (name or "").endswith("loss")
+        saved = self._wait_for_saver()
         try:
             self.saver.save(
                 model=policy,
@@ -333,23 +340,36 @@ class Run:
                 extra=extra,
                 wait=self.stopping or not self.config.save_async,
             )
+            saved = True
         except NotSaved as error:  # what was saved before is still there, and so is the run
+            saved = False
             self.say(f"not saved: {error}")
+        if name and name not in self.logged:
+            measured = ", ".join(key for key in self.latest if key.startswith("eval/"))
+            self.say(f"save_best: {name} was not measured at step {step} (there are {measured or 'no evaluations'})")
         self.pending["time/save"] = time.perf_counter() - began
         if self.stopping:
-            self.say(f"stopped after step {step}; go on with --resume_from latest --output_dir {self.folder}")
+            hint = f"; go on with --resume_from latest --output_dir {self.folder}" if saved else ", which is not saved"
+            self.say(f"stopped after step {step}{hint}")
+            if self.engine is not None:
+                self.engine.close()  # a rollout under way would be waited for
             atexit.unregister(self.tracker.finish)
             self.tracker.finish(ok=False)
             self.watch.stop()
             raise SystemExit(TERMINATED)
 
-    def finish(self, policy: nn.Module, tokenizer, *, merge: bool) -> None:
-        """Export the trained model to `model/` in the run folder, and close the trackers."""
-        self.at(-1, "exporting")
+    def _wait_for_saver(self) -> bool:
+        """Wait for the checkpoint that is being written; whether it was."""
         try:
             self.saver.wait()
         except NotSaved as error:
             self.say(f"not saved: {error}")
+            return False
+        return True
+
+    def finish(self, policy: nn.Module, tokenizer, *, merge: bool) -> None:
+        """Export the trained model to `model/` in the run folder, and close the trackers."""
+        self.at(-1, "exporting")
         folder = self.folder / "model"
         card = {
             "base_model": self.settings["model"]["model_id"],
@@ -360,8 +380,17 @@ class Run:
             "versions": _versions(),
             "metrics": {name: value for name, value in self.latest.items() if name.startswith("eval/")},
         }
-        export_model(self.accelerator.unwrap_model(policy), tokenizer, folder, merge=merge, card=card)
+        partly = self.folder / ".tmp-model"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partly, ignore_errors=True)
+        export_model(
+            self.accelerator.unwrap_model(policy), tokenizer, partly, merge=merge, card=card, title=folder.name
+        )
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # of the same run, resumed when it had ended
+            os.replace(partly, folder)
         self.accelerator.wait_for_everyone()
+        self._wait_for_saver()
         atexit.unregister(self.tracker.finish)
         self.tracker.finish(ok=True)
         self.say(f"model written to {folder}")
@@ -387,12 +416,14 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _settings.clear()
     _settings.update(settings)
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     sharding = _find_sharding(config, loop, processes)
+    if sharding is None or processes == 1:  # or accelerate would shard by the launcher's word alone
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = build_accelerator(
         sharding,
         precision=precision,
@@ -401,7 +432,7 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", processes)),
         timeout=group_timeout(config.collective_timeout),
     )
-    _check_launcher(accelerator, loop, processes, sharding)
+    _check_launcher(accelerator, loop, processes, sharding, precision)
     if on_cpu and accelerator.num_processes == 1:  # `accelerate launch` sets one thread a process
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     set_seed(config.seed)
@@ -417,6 +448,11 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     own = config.resume_from in ("latest", "best") or (
         checkpoint and checkpoint.resolve().parent.parent == folder.resolve()
     )
+    wanted = config.resume_from in ("latest", "best") and checkpoint is None
+    (torn,) = broadcast_object_list([wanted and any((folder / "checkpoints").glob("*-step*[0-9]"))])
+    if torn:
+        metric = f" or none has {config.save_best}" if config.resume_from == "best" else ""
+        raise ValueError(f"{folder} has checkpoints, but none is whole{metric}; name one by its path, or set none.")
     (taken,) = broadcast_object_list([folder.exists() and any(folder.iterdir())])
     if taken and not own:
         raise ValueError(f"output_dir {folder} already holds files; give another output_dir, or resume_from: latest.")
@@ -470,7 +506,9 @@ def _asked_processes() -> int:
     return load_config_from_file(file).num_processes if file else 1
 
 
-def _check_launcher(accelerator: Accelerator, loop: str, processes: int, sharding: Sharding | None) -> None:
+def _check_launcher(
+    accelerator: Accelerator, loop: str, processes: int, sharding: Sharding | None, precision: str
+) -> None:
     """Raise ValueError where the launcher set what the loop sets itself, or gave less than it was asked for."""
     if accelerator.num_processes != processes:
         raise ValueError(
@@ -480,6 +518,7 @@ def _check_launcher(accelerator: Accelerator, loop: str, processes: int, shardin
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("gradient_accumulation_steps is set in the launcher; give it to the loop instead.")
     assert is_sharded(accelerator) == (sharding is not None and processes > 1), accelerator.distributed_type
+    assert accelerator.mixed_precision == precision
 
 
 def add_sums(into: dict, terms: dict) -> None:

@@ -45,7 +45,8 @@ class Sharding:
     cpu_offload: bool = False
     """Keep shards, gradients and optimizer state in host memory, and run the optimizer there."""
     cpu_ram_efficient_loading: bool = False
-    """Read weights on one process of a machine only, and send the others their shards."""
+    """Send every process its shards of the first one's weights, so that one of a machine need read them (transformers
+    5.17 reads on that one alone, 5.23 on all)."""
     forward_prefetch: bool = False
     """Gather the next layer while this one computes, by an explicit order (backward always does: BACKWARD_PRE)."""
     activation_checkpointing: bool = False
@@ -183,7 +184,7 @@ def read_launcher_sharding(environment: Mapping[str, str]) -> Sharding | None:
     copies = environment.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE")
     if copies:
         given["dp_replicate_size"] = copies
-    return read_sharding(given, {}, False)
+    return read_sharding(given or {"reshard_after_forward": True}, {}, False)
 
 
 def _flag(key: str, value: Any) -> bool:
@@ -282,9 +283,17 @@ def prepare(
     Under FSDP2 the result is checked: every layer a unit, every trainable element on exactly one process of a group,
     the dtype as asked. Raises ValueError where the model cannot be sharded so.
     """
+    if sharding is not None and sharding.activation_checkpointing:
+        checkpoint_activations(policy)
     if not is_sharded(accelerator):
         return accelerator.prepare(policy, optimizer)
     sharding = sharding or Sharding()
+    narrow = [p for p in policy.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if narrow and accelerator.mixed_precision != "no":  # accelerate would widen them, and nobody else
+        raise ValueError(
+            "torch_dtype is bfloat16 and mixed_precision bf16, which under fsdp would train float32 copies; set "
+            "mixed_precision: no, or torch_dtype: float32."
+        )
     classes = list(sharding.layer_classes) or layer_classes(policy)
     present = {type(module).__name__ for module in policy.modules()}
     missing = [name for name in classes if name not in present]
@@ -303,8 +312,6 @@ def prepare(
             raise ValueError(
                 f"bnb_4bit_quant_storage is {parameter.dtype} and fsdp computes in {compute}; make them the same."
             )
-    if sharding.activation_checkpointing:
-        checkpoint_activations(policy)
     models = [policy] + ([reference.model] if reference is not None and reference.kind == "copy" else [])
     layers = [[module for module in model.modules() if type(module).__name__ in classes] for model in models]
     whole = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
@@ -321,6 +328,9 @@ def prepare(
 def _check_shards(accelerator: Accelerator, model: nn.Module, layers: list, whole: int) -> None:
     """Assert that the model is what was asked for: sharding fails silently more often than loudly."""
     assert layers and all(isinstance(layer, FSDPModule) for layer in layers), "a decoder layer is no FSDP unit"
+    rules = layers[0]._get_fsdp_state()._mp_policy
+    wanted = (torch.bfloat16, torch.float32, torch.float32) if accelerator.mixed_precision == "bf16" else (None,) * 3
+    assert (rules.param_dtype, rules.reduce_dtype, rules.output_dtype) == wanted, rules
     loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not loose, f"{loose[0]} is not sharded"
     copies = 1 if accelerator.parallelism_config is None else accelerator.parallelism_config.dp_replicate_size
@@ -339,6 +349,7 @@ def sharding_line(accelerator: Accelerator, policy: nn.Module, sharding: Shardin
     processes = accelerator.num_processes
     if not is_sharded(accelerator):
         wish = "; one process has nothing to shard" if sharding is not None else ""
+        wish += ", and cpu_offload no effect" if sharding is not None and sharding.cpu_offload else ""
         return f"{processes} process{'es, each with a whole copy' if processes > 1 else ''}{wish}"
     grid = accelerator.parallelism_config
     copies = 1 if grid is None else grid.dp_replicate_size

@@ -61,6 +61,7 @@ def export_model(
     *,
     merge: bool,
     card: Mapping[str, Any],
+    title: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, and return its files.
@@ -77,6 +78,7 @@ def export_model(
         model: the unwrapped policy. Every rank calls this; only rank 0 writes, the others return [].
         card: what the model card says, any of `base_model`, `loop`, `dataset`, `command` (text) and `settings`,
             `metrics`, `versions` (mappings); `{}` leaves the card at its title.
+        title: of the model card; None is the folder's name.
         dtype: of what is written; None keeps the base's (of an adapter: its own).
     """
     from peft import PeftModel
@@ -95,7 +97,7 @@ def export_model(
     else:
         _clean_twin(model, gathered).save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(folder.resolve().name, adapter_only, card), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(title or folder.resolve().name, adapter_only, card), encoding="utf-8")
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
@@ -169,7 +171,8 @@ def _plain(owner: nn.Module, tensor: Tensor) -> Tensor:
     if quant_state is not None and owner.weight is tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(whole.reshape(-1, 1), quant_state)
+        # offloaded shards are on the host, their constants on the GPU
+        return dequantize_4bit(whole.to(quant_state.absmax.device).reshape(-1, 1), quant_state)
     if is_8bit:
         state: Any = owner.state
         scale = state.SCB if state.SCB is not None else tensor.SCB  # type: ignore[attr-defined]  # moves on first use

@@ -16,6 +16,13 @@ def of_version(version, token=1):
     return Completion([token], [-1.0], "stop", "x", version)
 
 
+class Serving:
+    """An engine's weight version."""
+
+    def __init__(self, weight_version=0):
+        self.weight_version = weight_version
+
+
 def share(step, version, kind="new"):
     return Share([], [[of_version(version, step)]], [kind], (0.0, 0.0))
 
@@ -23,17 +30,17 @@ def share(step, version, kind="new"):
 @pytest.mark.parametrize("level", [0, 1, 3])
 def test_rollouts_come_in_order_and_never_more_than_level_steps_ahead(level):
     """The weight version grows by one a step; a rollout of step s may see versions s - level .. s."""
-    version, seen = 0, []
+    seen, serving = [], Serving()
 
     def sample(step, groups):
-        seen.append((step, version))
-        return share(step, version)
+        seen.append((step, serving.weight_version))
+        return share(step, serving.weight_version)
 
-    ahead = Ahead(sample, level=level, last=9, record={})
+    ahead = Ahead(sample, serving, level=level, last=9, record={})
     for step in range(10):
-        assert ahead.take(step, newest=version).groups[0][0].token_ids == [step]
+        assert ahead.take(step).groups[0][0].token_ids == [step]
         time.sleep(0.01)  # the update, while others are sampled
-        version += 1
+        serving.weight_version += 1
     ahead.close()
     assert [step for step, _ in seen] == list(range(10))
     assert all(step - level <= version <= step for step, version in seen)
@@ -49,9 +56,9 @@ def test_sampling_overlaps_with_training():
         return share(step, 0)
 
     def run(level):
-        ahead, began = Ahead(sample, level=level, last=9, record={}), time.perf_counter()
+        ahead, began = Ahead(sample, Serving(), level=level, last=9, record={}), time.perf_counter()
         for step in range(10):
-            ahead.take(step, newest=0)
+            ahead.take(step)
             time.sleep(0.03)
         ahead.close()
         return time.perf_counter() - began
@@ -65,18 +72,18 @@ def test_an_error_while_sampling_is_raised_where_the_rollout_is_taken():
             raise RuntimeError("the server is gone")
         return share(step, 0)
 
-    ahead = Ahead(sample, level=1, last=5, record={})
-    assert ahead.take(0, newest=0).verdicts == ["new"]
+    ahead = Ahead(sample, Serving(), level=1, last=5, record={})
+    assert ahead.take(0).verdicts == ["new"]
     with pytest.raises(RuntimeError, match="the server is gone"):
-        ahead.take(1, newest=0)
+        ahead.take(1)
     ahead.close()
 
 
 def test_a_resumed_run_takes_what_was_waiting_and_samples_the_rest():
     """Two rollouts wait when a checkpoint is made; through torch.save they are the same completions."""
-    first = Ahead(lambda step, groups: share(step, 5, "old"), level=2, last=9, record={})
-    first.take(0, newest=5)
-    first.take(1, newest=5)
+    first = Ahead(lambda step, groups: share(step, 5, "old"), Serving(5), level=2, last=9, record={})
+    first.take(0)
+    first.take(1)
     while len(first.record().get("rollouts", {})) < 2:  # steps 2 and 3
         time.sleep(0.001)
     file = io.BytesIO()
@@ -88,14 +95,17 @@ def test_a_resumed_run_takes_what_was_waiting_and_samples_the_rest():
         if groups is not None:
             return Share([], groups, ["judged again"], (0.0, 0.0))
         sampled.append(step)
-        return share(step, 6)
+        return share(step, 1)
 
     file.seek(0)
-    second = Ahead(sample, level=2, last=9, record=torch.load(file, weights_only=True))
-    taken = [second.take(step, newest=6) for step in range(2, 6)]
+    second = Ahead(sample, Serving(1), level=2, last=9, record=torch.load(file, weights_only=True))
+    taken = [second.take(step) for step in range(2, 6)]
     second.close()
     assert [one.verdicts for one in taken] == [["judged again"]] * 2 + [["new"]] * 2
-    assert [one.groups for one in taken[:2]] == [[[of_version(5, 2)]], [[of_version(5, 3)]]]
+    assert [one.groups for one in taken[:2]] == [
+        [[of_version(1, 2)]],
+        [[of_version(1, 3)]],
+    ]  # 5 was served then, 1 is now
     assert sampled[:2] == [4, 5]
 
 
@@ -106,9 +116,9 @@ def test_nothing_is_sampled_beyond_the_last_step():
         sampled.append(step)
         return share(step, 0)
 
-    ahead = Ahead(sample, level=5, last=2, record={})
+    ahead = Ahead(sample, Serving(), level=5, last=2, record={})
     for step in range(3):
-        ahead.take(step, newest=0)
+        ahead.take(step)
     ahead.close()
     assert sampled == [0, 1, 2]
 
@@ -118,12 +128,12 @@ def test_nothing_is_sampled_beyond_the_last_step():
 )
 def test_a_completion_of_other_weights_than_expected_is_refused(level, version, fine):
     """Version 4 is served: level 0 takes 4 alone, level 1 also 3."""
-    ahead = Ahead(lambda step, groups: share(step, version), level=level, last=0, record={})
+    ahead = Ahead(lambda step, groups: share(step, version), Serving(4), level=level, last=0, record={})
     if fine:
-        ahead.take(0, newest=4)
+        ahead.take(0)
     else:
         with pytest.raises(RuntimeError, match=f"weight version {version}"):
-            ahead.take(0, newest=4)
+            ahead.take(0)
     ahead.close()
 
 

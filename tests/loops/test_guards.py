@@ -266,6 +266,9 @@ def asked_twice(folder):
     time.sleep(1)
     ranks.send(signal.SIGTERM, 0)
     ranks.wait_for("SIGTERM: stopping")
+    ranks.send(signal.SIGTERM, 0)  # an echo, as from a launcher that passes on what the whole job was sent
+    time.sleep(2.5)
+    assert ranks.processes[0].is_alive()
     ranks.send(signal.SIGTERM, 0)
     return ranks.end(keep=(1,))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from loops.shared.rollout.contract import Completion, Engine, Sampling
@@ -38,26 +38,35 @@ class Ahead(Generic[Verdict]):
     def __init__(
         self,
         sample: Callable[[int, list[list[Completion]] | None], Share[Verdict]],
+        engine: Engine,
         *,
         level: int,
         last: int,
         record: Mapping[str, Any],
     ):
         """sample: makes the rollout of a step (from 0), without any exchange between processes; given groups that were
-        sampled before, it only judges them. last: the last step. record: `record()` of a checkpoint, or empty."""
+        sampled before, it only judges them. engine: whose weight version tells how old they are. last: the last
+        step. record: `record()` of a checkpoint, whose weights the engine serves now, or empty."""
+        self._engine = engine
         self._sample, self._level, self._last = sample, level, last
+        shift = engine.weight_version - record.get(
+            "serving", engine.weight_version
+        )  # versions of a restarted engine start anew
         self._recorded = {
-            step: [[Completion(**completion) for completion in group] for group in groups]
+            step: [
+                [replace(Completion(**one), weight_version=one["weight_version"] + shift) for one in group]
+                for group in groups
+            ]
             for step, groups in record.get("rollouts", {}).items()
         }
         self._coming: dict[int, Future[Share[Verdict]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout") if level else None
 
-    def take(self, step: int, *, newest: int) -> Share[Verdict]:
+    def take(self, step: int) -> Share[Verdict]:
         """The rollout of `step`; those of the `level` steps after it are under way when it returns.
 
         Raises what sampling it raised, and RuntimeError where a completion is not of the last `level + 1` weight
-        versions, `newest` being the one that is served.
+        versions.
         """
         if self._thread is None:
             share = self._make(step)
@@ -67,6 +76,7 @@ class Ahead(Generic[Verdict]):
                     self._coming[coming] = self._thread.submit(self._make, coming)
             share = self._coming.pop(step).result()
         versions = {completion.weight_version for group in share.groups for completion in group}
+        newest = self._engine.weight_version
         wrong = sorted(version for version in versions if not newest - self._level <= version <= newest)
         if wrong:
             raise RuntimeError(
@@ -89,10 +99,11 @@ class Ahead(Generic[Verdict]):
         if not rollouts:
             return {}
         return {
+            "serving": self._engine.weight_version,
             "rollouts": {
                 step: [[asdict(completion) for completion in group] for group in groups]
                 for step, groups in rollouts.items()
-            }
+            },
         }
 
     def close(self) -> None:

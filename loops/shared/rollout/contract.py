@@ -213,9 +213,10 @@ class RolloutConfig:
         """Whether completions come from other kernels, or other weights, than those that score them."""
         return self.engine in ("vllm", "vllm-server") or self.async_level > 0
 
-    def check_due(self, step: int) -> bool:
-        """Whether the sampler's and the trainer's log-probabilities are compared in step `step`."""
-        return bool(self.check_every) and step % self.check_every == 0 and not self.async_level
+    def check_due(self, step: int, *, first: bool) -> bool:
+        """Whether the sampler's and the trainer's log-probabilities are compared in step `step`; not where samples of
+        older weights are expected."""
+        return not self.async_level and (first or (self.check_every > 0 and step % self.check_every == 0))
 
     def sampling(self) -> Sampling:
         """The sampling of training rollouts; `dataclasses.replace(..., temperature=0)` makes it greedy.

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from loops.shared.rollout.contract import Completion, Engine, Sampling
@@ -35,7 +36,8 @@ def check_sampler(
     sampled = torch.cat([sampled[mask] for (_, _, sampled), mask in zip(microbatches, masks, strict=True)])
     trained = torch.cat([scored[number][mask] for number, mask in enumerate(masks)])
     tokens = torch.cat([batch.scatter(batch.targets)[batch.mask] for batch, _, _ in microbatches])
-    sentence = explain_mismatch(sampled, trained, tokens, limit=limit) if len(tokens) else None
+    own = explain_mismatch(sampled, trained, tokens, limit=limit) if len(tokens) else None
+    sentence = next((found for found in gather_object([own]) if found), None)  # all processes end with it
     if sentence:
         raise RuntimeError(f"the engine does not sample from the policy as it is trained: {sentence}")
 

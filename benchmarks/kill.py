@@ -159,11 +159,12 @@ def attempt(loop, topology, folder, log, *, victim=None, point="", count=0, seco
             for rank, child in enumerate(children):
                 if rank not in codes:
                     os.kill(child, signal.SIGKILL)
-            raise SystemExit(f"{loop} {topology}: a process outlived the killed one by {DEADLINE:.0f} s, see {log}")
+            text = log.read_text()[-4000:]
+            raise SystemExit(f"{loop} {topology}: a process outlived the killed one by {DEADLINE:.0f} s:\n{text}")
         time.sleep(0.01)
     through = all(code == 0 for code in codes.values())
     if not through and killed_at is None:
-        raise SystemExit(f"{loop} {topology}: ended with {codes} and nobody killed it, see {log}")
+        raise SystemExit(f"{loop} {topology}: ended with {codes} and nobody killed it:\n{log.read_text()[-4000:]}")
     return through, 0.0 if killed_at is None else last - killed_at
 
 

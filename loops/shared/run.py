@@ -449,7 +449,7 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         checkpoint and checkpoint.resolve().parent.parent == folder.resolve()
     )
     wanted = config.resume_from in ("latest", "best") and checkpoint is None
-    (torn,) = broadcast_object_list([wanted and any((folder / "checkpoints").glob("*-step*[0-9]"))])
+    (torn,) = broadcast_object_list([wanted and any((folder / "checkpoints").glob("[!.]*-step*[0-9]"))])
     if torn:
         metric = f" or none has {config.save_best}" if config.resume_from == "best" else ""
         raise ValueError(f"{folder} has checkpoints, but none is whole{metric}; name one by its path, or set none.")

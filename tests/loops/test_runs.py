@@ -327,3 +327,14 @@ def test_state_space_models_train_but_are_not_sampled_from(tmp_path):
     assert rows[1]["optim/grad_norm"] > 0
     with pytest.raises(ValueError, match="past_key_values"):
         run("grpo", tmp_path / "grpo", *model)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_one_without_a_whole_one_does_not(tmp_path):
+    """What a first save left half written is nothing to go on from; a torn checkpoint is something to ask about."""
+    half = tmp_path / "run" / "checkpoints" / ".tmp-full-epoch00-step000001"
+    half.mkdir(parents=True)
+    assert len(run("sft", tmp_path / "run", "--max_steps", "1", "--resume_from", "latest")) == 2
+    torn = tmp_path / "torn" / "checkpoints" / "full-epoch00-step000001"
+    torn.mkdir(parents=True)
+    with pytest.raises(ValueError, match="none is whole"):
+        run("sft", tmp_path / "torn", "--max_steps", "1", "--resume_from", "latest")

@@ -13,6 +13,7 @@ Processes are forked from one that has imported everything, so an attempt costs 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import os
 import random
@@ -121,6 +122,7 @@ def start(loop: str, topology: str, folder: Path, log: Path, victim: int | None,
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            faulthandler.register(signal.SIGUSR1, file=descriptor)
             if processes > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -156,11 +158,15 @@ def attempt(loop, topology, folder, log, *, victim=None, point="", count=0, seco
         if seconds is not None and victim not in codes and now - began > seconds:
             os.kill(children[victim], signal.SIGKILL)
         if now - (killed_at or began) > (DEADLINE if killed_at else 300):
-            for rank, child in enumerate(children):
-                if rank not in codes:
-                    os.kill(child, signal.SIGKILL)
-            text = log.read_text()[-4000:]
-            raise SystemExit(f"{loop} {topology}: a process outlived the killed one by {DEADLINE:.0f} s:\n{text}")
+            left = [child for rank, child in enumerate(children) if rank not in codes]
+            states = [Path(f"/proc/{child}/stat").read_text().split()[2] for child in left]
+            for number in (signal.SIGUSR1, signal.SIGKILL):  # say where you are, and end
+                for child in left:
+                    os.kill(child, number)
+                time.sleep(2)
+            since = f"{DEADLINE:.0f} s after the kill" if killed_at else "300 s after the start"
+            text = log.read_text()[-6000:]
+            raise SystemExit(f"{loop} {topology}: {codes} ended, others ({states}) live {since}:\n{text}")
         time.sleep(0.01)
     through = all(code == 0 for code in codes.values())
     if not through and killed_at is None:

@@ -50,6 +50,7 @@ POINTS = {  # -> how often a run comes there, about
     "removal": 8 * STEPS,
     "time": 1,
 }
+PATIENCE = 20.0  # seconds until the others get the SIGTERM that a launcher would send them
 DEADLINE = 60.0  # seconds that a process may outlive a killed one
 
 
@@ -144,7 +145,7 @@ def start(loop: str, topology: str, folder: Path, log: Path, victim: int | None,
 def attempt(loop, topology, folder, log, *, victim=None, point="", count=0, seconds=None) -> tuple[bool, float]:
     """One attempt; (whether all processes came through, seconds that others outlived the killed one)."""
     children = start(loop, topology, folder, log, victim, point, count)
-    began, codes, killed_at, last = time.monotonic(), {}, None, time.monotonic()
+    began, codes, killed_at, last, told = time.monotonic(), {}, None, time.monotonic(), []
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank in codes:
@@ -157,6 +158,8 @@ def attempt(loop, topology, folder, log, *, victim=None, point="", count=0, seco
         now = time.monotonic()
         if seconds is not None and victim not in codes and now - began > seconds:
             os.kill(children[victim], signal.SIGKILL)
+        if killed_at and now - killed_at > PATIENCE and not told:  # as torchrun does, at once
+            told = [os.kill(child, signal.SIGTERM) for rank, child in enumerate(children) if rank not in codes]
         if now - (killed_at or began) > (DEADLINE if killed_at else 300):
             left = [child for rank, child in enumerate(children) if rank not in codes]
             states = [Path(f"/proc/{child}/stat").read_text().split()[2] for child in left]

@@ -1,0 +1,403 @@
+"""Whole runs of GRPO with every rollout engine: do they learn alike, what does overlap save, what do kills cost?
+
+    python benchmarks/rollouts.py learn --seeds 42 43 44      # quickstart, four set-ups: accuracy and reward curves
+    python benchmarks/rollouts.py overlap                     # async_level 1 against 0, a core for each side
+    python benchmarks/rollouts.py kills --kills 50            # a run whose servers are killed all the time
+    python benchmarks/rollouts.py speed                       # sampling and syncs of a 30M model, engine by engine
+
+For a CPU with vLLM (`launch/install_vllm_cpu.sh`). Every run is a process of its own that is kept on its cores, one at
+a time; its numbers come from its metrics.jsonl. Prints a table as Markdown. The exit status is 1 where a run did not do
+what is claimed of it (accuracy, completions, versions); times are only printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.child import use_cores  # noqa: E402
+from benchmarks.compare import SHARED, evenly, read_rows, two_shot_prompts, write_model, write_rows  # noqa: E402
+from benchmarks.scaling import SHAPES  # noqa: E402
+
+ACCURACY = 0.95
+WINDOW = 10  # steps over which reward curves are averaged before they are compared
+LORA = ["--lora_r", "32", "--lora_alpha", "64", "--learning_rate", "2e-3", "--min_learning_rate", "2e-4"]
+SETUPS = {
+    "transformers": ["--engine", "transformers"],
+    "vllm": ["--engine", "vllm"],
+    "vllm-server, full sync": ["--engine", "vllm-server", "--weight_sync", "full"],
+    "vllm-server, adapter sync": ["--engine", "vllm-server", "--weight_sync", "adapter", *LORA],
+}
+QUICKSTART = ["--config", "configs/grpo.yaml", "--log_completions_steps", "0"]
+SERVER = "vllm.entrypoints.openai.api_server"
+
+Rows = list[dict[str, Any]]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def environment(threads: int) -> dict[str, str]:
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+def run(
+    folder: Path, options: Sequence[str], cores: int, meanwhile: Callable[[subprocess.Popen], None] | None = None
+) -> Rows:
+    """A run of loops/grpo.py on the first `cores` cores; the rows of its metrics, row 0 from before training.
+
+    meanwhile: called with the process once it has started; without it the run's servers stay on the same cores.
+
+    Raises:
+        SystemExit: the run failed; the end of what it printed.
+    """
+    folder.mkdir(parents=True)
+    command = [sys.executable, str(HERE / "child.py"), str(folder / "peak.json"), str(cores)]
+    command += [str(ROOT / "loops/grpo.py"), *options, "--output_dir", str(folder / "run")]
+    log = folder / "log"
+    with log.open("w") as output:
+        child = subprocess.Popen(command, cwd=ROOT, env=environment(cores), stdout=output, stderr=subprocess.STDOUT)
+        try:
+            if meanwhile is not None:
+                meanwhile(child)
+            code = child.wait()
+        finally:
+            child.kill()
+    if code:
+        raise SystemExit(f"{shlex.join(command)} ended with {code}:\n{log.read_text(errors='replace')[-4000:]}")
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def accuracy(rows: Rows) -> float:
+    return [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None][-1]
+
+
+def middle(rows: Rows, name: str) -> float:
+    """Median over the steps after the first two, which warm up and, ahead, fill the queue."""
+    return median(row[name] for row in rows[3:])
+
+
+def completions(row: dict[str, Any]) -> int:
+    """Completions that a step was trained on."""
+    return round(row["tokens/completions"] / row["rollout/completion_length"])
+
+
+def servers_of(process: int) -> dict[int, str]:
+    """Server processes that a process has started, itself or by others: their command lines by process id."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+        except (OSError, IndexError):  # it has ended meanwhile
+            continue
+    found = {}
+    for number, command in commands.items():
+        ancestor = number
+        while ancestor in parents and ancestor != process:
+            ancestor = parents[ancestor]
+        if ancestor == process and number != process and ("vllm_server.py" in command or SERVER in command):
+            found[number] = command
+    return found
+
+
+def move(process: int, core: int) -> None:
+    """Put all threads of a process on a core; what it starts later follows."""
+    for thread in list(Path(f"/proc/{process}/task").glob("*")):
+        try:
+            os.sched_setaffinity(int(thread.name), {core})
+        except OSError:  # the thread has ended
+            continue
+
+
+def serves(command: str) -> bool:
+    """Whether somebody listens on the port of a server's command line."""
+    port = int(command.split("--port=")[1].split()[0])
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def beside(child: subprocess.Popen) -> None:
+    """Until a run ends: its servers on the last core, while the run itself has the first."""
+    moved: set[int] = set()
+    last = max(os.sched_getaffinity(0))
+    while child.poll() is None:
+        for process in servers_of(child.pid).keys() - moved:
+            move(process, last)
+            moved.add(process)
+        time.sleep(0.1 if len(moved) < 2 else 2.0)
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+
+def learn(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
+    """Final accuracy of each set-up and seed, and how far apart the reward curves are."""
+    lines = ["| set-up | accuracy of seeds " + " ".join(map(str, options.seeds)) + " | mean | seconds a step | sync |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    curves: dict[str, list[list[float]]] = {}
+    fine = True
+    for setup in options.setups:
+        finals, curves[setup], times, syncs = [], [], [], []
+        for seed in options.seeds:
+            extra = ["--seed", str(seed), "--max_steps", str(options.steps)]
+            place = folder / f"{list(SETUPS).index(setup)}-{seed}"
+            rows = run(place, [*QUICKSTART, *SETUPS[setup], *extra, *options.more], options.cores)
+            finals.append(accuracy(rows))
+            curves[setup].append(smooth([row["reward/mean"] for row in rows[1:]]))
+            times.append(middle(rows, "time/step"))
+            syncs.append(middle(rows, "time/sync"))
+            print(f"{setup}, seed {seed}: {accuracy(rows):.4f}", " ".join(f"{x:.2f}" for x in curves[setup][-1]))
+        fine &= min(finals) >= ACCURACY
+        shown = " ".join(f"{value:.3f}" for value in finals)
+        cells = f"{shown} | **{mean(finals):.3f}** | {median(times):.3g} s | {1e3 * median(syncs):.3g} ms"
+        lines.append(f"| {setup} | {cells} |")
+    full = [setup for setup in options.setups if "adapter" not in setup]
+    if len(full) > 1:
+        means = {setup: [mean(values) for values in zip(*curves[setup], strict=True)] for setup in full}
+        between = max(apart(means[a], means[b]) for a in full for b in full)
+        lines += ["", f"Reward, mean of every {WINDOW} steps: curves of the set-ups that train all weights are "]
+        lines[-1] += f"{between:.3f} apart at most (means over seeds)"
+        if len(options.seeds) > 1:
+            within = max(apart(a, b) for setup in full for a in curves[setup] for b in curves[setup])
+            lines[-1] += f"; two seeds of one set-up {within:.3f}"
+            fine &= between <= within
+        lines[-1] += "."
+    return lines, fine
+
+
+def smooth(curve: list[float]) -> list[float]:
+    return [mean(curve[start : start + WINDOW]) for start in range(0, len(curve), WINDOW)]
+
+
+def apart(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+def overlap(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
+    """Seconds a step at async_level 0 and 1, A B A B; then whether the quickstart learns at level 1."""
+    common = [*QUICKSTART, "--engine", "vllm-server", "--max_steps", str(options.steps + 2)]
+    if options.workload == "gsm8k":
+        model, rows_file = gsm8k(options, folder)
+        common += ["--model_id", str(model), "--dataset_name", rows_file, "--eval_dataset_name", "null"]
+        common += ["--reward_functions", "benchmarks.reward:fingerprint", "--learning_rate", "1e-5"]
+        common += ["--per_device_train_batch_size", str(options.prompts * options.generations)]
+        common += ["--num_generations", str(options.generations)]
+        common += ["--max_completion_length", str(options.completion_tokens)]
+    lines = ["| | level 0 | level 1 | level 1 / level 0 | in each pair |", "| --- | --- | --- | --- | --- |"]
+    arms: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+    names = ("time/step", "time/rollout", "time/update", "time/sync")
+    fine = True
+    for pair in range(options.pairs):
+        for level in (0, 1):
+            place = folder / f"overlap-{pair}-{level}"
+            rows = run(place, [*common, "--async_level", str(level), *options.more], 1, beside)
+            arms[level].append({name: middle(rows, name) for name in names})
+            fine &= all("policy/sampler_weight" in row and "policy/mismatch_kl" in row for row in rows[1:])
+            print(f"pair {pair + 1}, level {level}:", " ".join(f"{k} {v:.3f}" for k, v in arms[level][-1].items()))
+    for name in names:
+        medians = [median(result[name] for result in arms[level]) for level in (0, 1)]
+        ratios = [b[name] / a[name] for a, b in zip(arms[0], arms[1], strict=True)]
+        shown = " ".join(f"{ratio:.3f}" for ratio in ratios)
+        lines.append(f"| {name} | {medians[0]:.3f} s | {medians[1]:.3f} s | **{median(ratios):.3f}** | {shown} |")
+    if options.learn_steps:
+        extra = ["--engine", "vllm-server", "--async_level", "1", "--max_steps", str(options.learn_steps)]
+        rows = run(folder / "learns", [*QUICKSTART, *extra], 1, beside)
+        weights = [row["policy/sampler_weight"] for row in rows[1:]]
+        gaps = max(row["policy/mismatch_kl"] for row in rows[1:])
+        lines += ["", f"Quickstart at level 1: accuracy {accuracy(rows):.3f} after {len(rows) - 1} steps, largest "]
+        lines[-1] += f"policy/mismatch_kl {gaps:.2g}, policy/sampler_weight {min(weights):.3f} to {max(weights):.3f}."
+        fine &= accuracy(rows) >= ACCURACY
+    return lines, fine
+
+
+def kills(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
+    """The quickstart with servers that are killed at random moments of their first seconds, again and again."""
+    chance = random.Random(options.seed)
+    counted = {"starting": 0, "serving": 0}
+    metrics = folder / "kills/run/metrics.jsonl"
+    last = max(os.sched_getaffinity(0))
+
+    def kill(child: subprocess.Popen) -> None:
+        moved: set[int] = set()
+        ends: dict[int, float] = {}
+        while child.poll() is None:
+            trains = metrics.exists() and metrics.read_text().count("\n") > 1  # a run that cannot start must end
+            for process, command in servers_of(child.pid).items():
+                if process not in moved:
+                    move(process, last)
+                    moved.add(process)
+                if not trains or SERVER not in command or sum(counted.values()) == options.kills:
+                    continue
+                ends.setdefault(process, time.monotonic() + chance.uniform(0, options.life))
+                up = serves(command)
+                if time.monotonic() < ends[process] or (options.spare_starting and not up):
+                    continue
+                try:
+                    os.kill(process, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                counted["serving" if up else "starting"] += 1
+                ends[process] = float("inf")
+                print(f"kill {sum(counted.values())}", "serving" if up else "starting", flush=True)
+            time.sleep(0.1)
+
+    extra = ["--engine", "vllm-server", "--num_servers", str(options.servers), "--max_steps", str(options.steps)]
+    began = time.monotonic()
+    rows = run(folder / "kills", [*QUICKSTART, *extra, *options.more], 1, kill)[1:]
+    per_step = [completions(row) for row in rows]
+    wanted = 32 * 8
+    total, asked = sum(per_step), wanted * options.steps
+    fine = len(rows) == options.steps and set(per_step) == {wanted} and accuracy(rows) >= ACCURACY
+    lines = ["| servers | kills (while serving, starting) | steps | completions trained / asked | accuracy | minutes |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    struck = f"{sum(counted.values())} ({counted['serving']}, {counted['starting']})"
+    minutes = (time.monotonic() - began) / 60
+    cells = f"{struck} | {len(rows)} | {total:,} / {asked:,} | {accuracy(rows):.3f} | {minutes:.1f}"
+    lines.append(f"| {options.servers} | {cells} |")
+    return lines, fine
+
+
+def speed(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
+    """Sampling and syncs of one policy in this process, on its first cores; the engines in turn."""
+    use_cores(options.cores)
+    os.environ.update(environment(options.cores))  # for the servers, and before torch is read
+    import torch
+    from transformers import AutoTokenizer
+
+    from loops.shared.models import ModelConfig, build_policy
+    from loops.shared.rollout import RolloutConfig, Sampling, build_engine
+
+    torch.set_num_threads(options.cores)
+    model, rows_file = gsm8k(options, folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in read_rows(rows_file)]
+    sampling = Sampling(max_completion_length=options.completion_tokens)
+    syncs: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
+    for lora in (0, 32):
+        shape = ModelConfig(model_id=str(model), lora_r=lora, torch_dtype="float32")
+        policy = build_policy(shape, seed=0, device="cpu").eval()
+        kinds = ("transformers", "vllm", "vllm-server")
+        engines = {kind: build_engine(RolloutConfig(engine=kind), policy, tokenizer) for kind in kinds}
+        what = f"adapter of rank {lora}" if lora else "full weights"
+        for kind, engine in engines.items():
+            reports = [engine.sync(policy) for _ in range(options.syncs + 1)][1:]
+            if reports[0].tensors:
+                label = f"{what}, {kind}, {reports[0].bytes / 2**20:.1f} MiB"
+                syncs[label] = sorted(report.seconds for report in reports)
+        for pair in range(options.pairs + 1):  # the first of each warms up
+            for kind, engine in engines.items():
+                began = time.perf_counter()
+                numbers = list(range(len(prompts)))
+                groups = engine.sample(
+                    prompts, n=options.generations, sampling=sampling, seed=pair, prompt_numbers=numbers
+                )
+                taken = time.perf_counter() - began
+                tokens = sum(len(one.token_ids) for group in groups for one in group)
+                if pair:
+                    seconds.setdefault(f"{kind}, {what}", []).append(1000 * taken / tokens)
+                print(f"{what} {kind}: {tokens} tokens in {taken:.2f} s", file=sys.stderr, flush=True)
+        for engine in engines.values():
+            engine.close()
+    lines = ["| sampling | milliseconds a token | against transformers, in each pair |", "| --- | --- | --- |"]
+    for label, values in seconds.items():
+        base = seconds["transformers, " + label.partition(", ")[2]]
+        shown = " ".join(f"{b / a:.2f}" for a, b in zip(values, base, strict=True))
+        lines.append(f"| {label} | {median(values):.3f} | {shown} x |")
+    lines += ["", "| sync | median | fastest | slowest |", "| --- | --- | --- | --- |"]
+    for label, values in syncs.items():
+        cells = (median(values), values[0], values[-1])
+        lines.append(f"| {label} | " + " | ".join(f"{1000 * value:.1f} ms" for value in cells) + " |")
+    return lines, True
+
+
+def gsm8k(options: argparse.Namespace, folder: Path) -> tuple[Path, str]:
+    """A 30M model with random weights, and prompts of two solved problems and a question."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    write_model(folder / "model", SHAPES["30m"], tokenizer)
+    prompts = evenly(two_shot_prompts(read_rows(options.rows), tokenizer), options.prompts)
+    return folder / "model", write_rows(folder / "rows.jsonl", prompts)
+
+
+def heading(load: float) -> str:
+    """When, what and where."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown commit"
+    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "vllm"))
+    command = shlex.join(["python", "benchmarks/rollouts.py", *sys.argv[1:]])
+    cores = f"{os.cpu_count()} cores, load {load:.1f} before the start"
+    return f"## {time.strftime('%Y-%m-%d %H:%M')}, {commit}\n\n{names[0]}, {cores}; {versions}\n\n    {command}\n"
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", help="a new folder for the runs (default: one that is deleted)")
+    tables = parser.add_subparsers(dest="table", required=True)
+    one = tables.add_parser("learn")
+    one.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
+    one.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    one.add_argument("--steps", type=int, default=100)
+    one.add_argument("--cores", type=int, default=1, help="of the run and its servers together")
+    two = tables.add_parser("overlap")
+    two.add_argument("--workload", choices=["quickstart", "gsm8k"], default="quickstart")
+    two.add_argument("--pairs", type=int, default=2, help="runs of each level, in turn")
+    two.add_argument("--steps", type=int, default=20, help="counted steps of a run, after two that are not")
+    two.add_argument("--learn_steps", type=int, default=100, help="of the quickstart at level 1; 0: not run")
+    three = tables.add_parser("kills")
+    three.add_argument("--kills", type=int, default=50)
+    three.add_argument("--steps", type=int, default=200)
+    three.add_argument("--servers", type=int, default=2)
+    three.add_argument("--life", type=float, default=30.0, help="seconds within which a server process is killed")
+    three.add_argument("--spare_starting", action="store_true", help="kill only servers that answer already")
+    three.add_argument("--seed", type=int, default=0, help="of the moments")
+    four = tables.add_parser("speed")
+    four.add_argument("--pairs", type=int, default=2)
+    four.add_argument("--syncs", type=int, default=20)
+    four.add_argument("--cores", type=int, default=1)
+    for table in (two, four):
+        table.add_argument("--prompts", type=int, default=4, help="a step")
+        table.add_argument("--generations", type=int, default=8, help="completions a prompt")
+        table.add_argument("--completion_tokens", type=int, default=128)
+        table.add_argument("--rows", default=SHARED / "data/gsm8k_train.jsonl", help="JSONL of question and answer")
+        table.add_argument("--tokenizer", default=SHARED / "tokenizers/smollm2-135m-instruct", help="its folder")
+    for table in (one, two, three):
+        table.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="more options of the runs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    text = heading(os.getloadavg()[0])
+    table = {"learn": learn, "overlap": overlap, "kills": kills, "speed": speed}[options.table]
+    with tempfile.TemporaryDirectory() as temporary:
+        lines, fine = table(options, Path(options.keep or temporary))
+    print(f"\n{text}\n" + "\n".join(lines))
+    raise SystemExit(0 if fine else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -173,7 +173,9 @@ def _why_it_ended(log: str, path: Path) -> Exception:
     sentence = one_sentence(log)
     if sentence:
         return ValueError(sentence)
-    errors = re.findall(r"^.*\b(?:\w+Error|Exception): .+$", log, re.M)
+    errors = [line for line in re.findall(r"^.*\b(?:\w+Error|Exception): .+$", log, re.M) if "WARNING" not in line]
+    if not errors and "error:" not in log:
+        return ServerLostError(f"it ended while starting without a word, as a killed process does (its log: {path})")
     last = re.sub(r"^\([^)]*\)\s*", "", (errors or log.strip().splitlines() or ["no output"])[-1]).strip()
     return RuntimeError(f"a vLLM server ended while starting: {last[:300]} (its log: {path})")
 
@@ -220,8 +222,8 @@ class VllmServerEngine:
         for server in self._servers:
             server.ready = True
         atexit.register(self.close)
-        self._monitor = threading.Thread(target=self._watch, daemon=True, name="vllm-servers")
-        self._monitor.start()
+        for number in range(len(self._servers)):
+            threading.Thread(target=self._watch, args=(number,), daemon=True, name=f"vllm-server-{number}").start()
 
     # ---- starting ----------------------------------------------------------------------------------------------------
 
@@ -285,7 +287,7 @@ class VllmServerEngine:
                 except ServerLostError as error:
                     server.kill()
                     if attempt + 1 == _STARTS:
-                        raise RuntimeError(f"a vLLM server could not be started: {error}") from error
+                        raise ServerLostError(f"a vLLM server could not be started: {error}") from error
                     if not config.server_port:
                         server.url = f"http://127.0.0.1:{free_port()}"
         else:
@@ -481,24 +483,24 @@ class VllmServerEngine:
                     server.kill()
             self._changed.notify_all()
 
-    def _watch(self) -> None:
-        """Brings servers back, as long as the engine lives."""
+    def _watch(self, number: int) -> None:
+        """Brings server `number` back, as long as the engine lives."""
+        server = self._servers[number]
         while not self._closing.wait(_POLL_SECONDS):
-            for number, server in enumerate(self._servers):
-                died = server.process is not None and server.process.poll() is not None
-                if (server.ready and not died) or self._closing.is_set():
-                    continue
-                server.ready = False
-                try:
-                    self._bring_back(number)
-                except ServerLostError:
-                    continue
-                except Exception as error:
-                    if self._closing.is_set():
-                        return
-                    self._failure = error
-                with self._changed:
-                    self._changed.notify_all()
+            died = server.process is not None and server.process.poll() is not None
+            if (server.ready and not died) or self._closing.is_set():
+                continue
+            server.ready = False
+            try:
+                self._bring_back(number)
+            except ServerLostError:
+                continue
+            except Exception as error:
+                if self._closing.is_set():
+                    return
+                self._failure = error
+            with self._changed:
+                self._changed.notify_all()
 
     def _bring_back(self, number: int) -> None:
         """Starts server `number` again (or finds it alive), and gives it what all serve."""
@@ -554,10 +556,11 @@ class VllmServerEngine:
         self._raise_if_failed()
 
     def _raise_if_failed(self) -> None:
+        if any(server.ready for server in self._servers):
+            return
         if self._failure is not None:
             raise RuntimeError(f"a vLLM server died and could not be brought back: {self._failure}") from self._failure
-        if not any(server.ready for server in self._servers):
-            raise RuntimeError(f"no vLLM server came back within {self._config.server_timeout:.0f} s (server_timeout).")
+        raise RuntimeError(f"no vLLM server came back within {self._config.server_timeout:.0f} s (server_timeout).")
 
     # ---- sampling ----------------------------------------------------------------------------------------------------
 

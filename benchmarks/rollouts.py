@@ -215,7 +215,7 @@ def overlap(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]
             arms[level].append({name: middle(rows, name) for name in names})
             fine &= all("policy/sampler_weight" in row and "policy/mismatch_kl" in row for row in rows[1:])
             print(f"pair {pair + 1}, level {level}:", " ".join(f"{k} {v:.3f}" for k, v in arms[level][-1].items()))
-    for name in names:
+    for name in names if options.pairs else ():
         medians = [median(result[name] for result in arms[level]) for level in (0, 1)]
         ratios = [b[name] / a[name] for a, b in zip(arms[0], arms[1], strict=True)]
         shown = " ".join(f"{ratio:.3f}" for ratio in ratios)
@@ -364,7 +364,7 @@ def parse_options() -> argparse.Namespace:
     one.add_argument("--cores", type=int, default=1, help="of the run and its servers together")
     two = tables.add_parser("overlap")
     two.add_argument("--workload", choices=["quickstart", "gsm8k"], default="quickstart")
-    two.add_argument("--pairs", type=int, default=2, help="runs of each level, in turn")
+    two.add_argument("--pairs", type=int, default=2, help="runs of each level, in turn; 0: not run")
     two.add_argument("--steps", type=int, default=20, help="counted steps of a run, after two that are not")
     two.add_argument("--learn_steps", type=int, default=100, help="of the quickstart at level 1; 0: not run")
     three = tables.add_parser("kills")

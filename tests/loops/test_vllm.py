@@ -104,6 +104,19 @@ def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
     return [[completion.token_ids for completion in group] for group in groups]
 
 
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def generated(server: Any) -> float:
+    """Tokens that the first server has sampled since it was started, by its own count."""
+    text = server._servers[0].call("/metrics", timeout=10, method="GET")
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:generation_tokens_total"))
+
+
 @pytest.fixture(scope="module")
 def policy() -> Any:
     return load()
@@ -352,11 +365,12 @@ def test_an_update_in_flight_freezes_completions_and_goes_on_with_new_weights(se
     completion carries the older version."""
     old, version = copy.deepcopy(policy), server.weight_version
     box: dict[str, Any] = {}
-    options = dict(n=4, max_completion_length=600, stop_token_ids=())
-    thread = threading.Thread(target=lambda: box.update(groups=draw(server, prompts[:1], **options)))
+    options = dict(n=4, max_completion_length=960, stop_token_ids=())
     stops, server._served.stop_token_ids = server._served.stop_token_ids, set()  # they go on to the end
+    tokens_so_far = generated(server)
+    thread = threading.Thread(target=lambda: box.update(groups=draw(server, prompts[:1], **options)))
     thread.start()
-    time.sleep(0.5)
+    wait_for(lambda: generated(server) > tokens_so_far + 40)  # not later: a fast machine is soon at the end
     train_a_step(policy, 77, size=0.004)
     server.sync(policy)
     thread.join()
@@ -365,7 +379,7 @@ def test_an_update_in_flight_freezes_completions_and_goes_on_with_new_weights(se
         before = (scored(old, prompts[0], completion.token_ids) - torch.tensor(completion.logprobs)).abs() < 1e-4
         after = (scored(policy, prompts[0], completion.token_ids) - torch.tensor(completion.logprobs)).abs() < 1e-4
         switch = int((~before).int().argmax())
-        assert completion.weight_version == version and 0 < switch < 600
+        assert completion.weight_version == version and 0 < switch < 960
         assert before[:switch].all() and after[switch:].float().mean() > 0.99
 
 
@@ -374,13 +388,13 @@ def test_a_killed_server_comes_back_with_the_present_weights_and_nothing_is_lost
     asked = dict(n=8, max_completion_length=120)
     expected = draw(server, prompts, **asked)
     box: dict[str, Any] = {}
-    thread = threading.Thread(target=lambda: box.update(groups=draw(server, prompts, **asked)))
-    thread.start()
-    time.sleep(0.3)
-    process = server._servers[0].process
+    process, tokens_so_far = server._servers[0].process, generated(server)
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()
+    thread = threading.Thread(target=lambda: box.update(groups=draw(server, prompts, **asked)))
+    thread.start()
+    wait_for(lambda: generated(server) > tokens_so_far + 100)
     os.kill(int(children[0]), signal.SIGKILL)
     thread.join()
     assert server._servers[0].process is not process

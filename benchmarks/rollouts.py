@@ -98,7 +98,7 @@ def middle(rows: Rows, name: str) -> float:
 
 def completions(row: dict[str, Any]) -> int:
     """Completions that a step was trained on."""
-    return round(row["tokens/completions"] / row["rollout/completion_length"])
+    return round(row["rollout/completions"])
 
 
 def servers_of(process: int) -> dict[int, str]:

@@ -133,7 +133,7 @@ def compare_rewards(share, config, run):
     result.complain(fatal=bool(everywhere.isnan().all()) and "reward/mean" not in run.latest)  # none so far either
     advantages = group_advantages(everywhere, config.rollout.num_generations, scale=config.scale_rewards).float()
     advantages = advantages.split([len(total) for total in totals])[run.accelerator.process_index]
-    sums = result.metrics() | rollout_sums(share.groups, result.total)
+    sums = result.metrics() | rollout_sums(share, result.total)
     sums["tokens/loss"] = sum(len(c.token_ids) for c in completions if in_loss(c, config))
     sums["time/rollout"], sums["time/reward"] = share.seconds
     return completions, advantages, sums

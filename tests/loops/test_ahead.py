@@ -9,7 +9,7 @@ import torch
 
 from data.chat import Prompt
 from loops.shared.rollout import Completion, Sampling
-from loops.shared.rollout.ahead import Ahead, Share, rollout_sums, sample_and_judge
+from loops.shared.rollout.ahead import Ahead, Share, rollout_statistics, rollout_sums, sample_and_judge
 
 
 def of_version(version, token=1):
@@ -130,7 +130,7 @@ def test_a_completion_of_other_weights_than_expected_is_refused(level, version, 
     """Version 4 is served: level 0 takes 4 alone, level 1 also 3."""
     ahead = Ahead(lambda step, groups: share(step, version), Serving(4), level=level, last=0, record={})
     if fine:
-        ahead.take(0)
+        assert ahead.take(0).lag == 4 - version  # one completion
     else:
         with pytest.raises(RuntimeError, match=f"weight version {version}"):
             ahead.take(0)
@@ -171,5 +171,7 @@ def test_groups_are_judged_as_they_arrive_and_verdicts_stay_in_order():
 def test_groups_of_equal_rewards_are_counted():
     """Three groups of two: 1 1, 0 1, nan nan (a missing reward equals nothing)."""
     nan = float("nan")
-    sums = rollout_sums([[of_version(0)] * 2] * 3, [1.0, 1.0, 0.0, 1.0, nan, float("nan")])
+    rollout = Share([], [[of_version(0)] * 2] * 3, [], (0.0, 0.0), lag=3)
+    sums = rollout_sums(rollout, [1.0, 1.0, 0.0, 1.0, nan, float("nan")])
     assert sums["rollout/equal_groups"] == 1 and sums["rollout/completions"] == 6 and sums["rollout/groups"] == 3
+    assert rollout_statistics(sums | {"rollout/lag": 3.0})["rollout/lag"] == 0.5

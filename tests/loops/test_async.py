@@ -153,3 +153,17 @@ def test_a_checkpoint_at_level_1_holds_what_waits_and_the_resumed_run_trains_on_
     assert [row["step"] for row in rows] == [3, 4]
     assert tokens(Settled.taken[2]) == tokens(taken[2]) and set(Settled.taken) == {2, 3}
     assert [one.logprobs for one in Settled.taken[2][0]] == [one.logprobs for one in taken[2][0]]
+
+
+def test_at_level_1_the_first_step_is_compared_with_the_sampler(url, tmp_path, monkeypatch):
+    """Its samples are of the weights that train on them; those of later steps are older, and not compared."""
+    real, compared = grpo.check_sampler, []
+
+    def check(microbatches, scored, *others):
+        compared.append(sum(int(batch.mask.sum()) for batch, _, _ in microbatches))
+        real(microbatches, scored, *others)
+
+    monkeypatch.setattr(grpo, "check_sampler", check)
+    rows = run(tmp_path / "run", url, "--async_level", "1", "--check_every", "1")
+    assert compared == [rows[1]["tokens/scored"]] and rows[1]["rollout/lag"] == 0
+    assert all(row["rollout/lag"] <= 1 and row["rollout/completions"] == PROMPTS * GENERATIONS for row in rows[1:])

@@ -268,7 +268,7 @@ def test_adapters_are_served_as_they_are_trained(kind, tokenizer, prompts):
         return digest.hexdigest()
 
     before = base_bytes()
-    built = build_engine(small(engine="vllm"), policy, tokenizer)
+    built = build_engine(small(engine="vllm", weight_sync="adapter" if by_itself else "auto"), policy, tokenizer)
     worst, reports = 0.0, []
     for step in range(10):
         train_a_step(policy, step)
@@ -282,12 +282,14 @@ def test_adapters_are_served_as_they_are_trained(kind, tokenizer, prompts):
     built.close()
 
 
-def test_full_sync_of_lora_merges_on_the_fly(tokenizer, prompts):
+def test_lora_is_merged_on_the_fly_on_a_cpu(tokenizer, prompts):
+    """`auto`: vLLM samples slowly with adapters there."""
     policy = adapted()
-    built = build_engine(small(engine="vllm", weight_sync="full"), policy, tokenizer)
+    built = build_engine(small(engine="vllm"), policy, tokenizer)
+    whole = {name for name, _ in iter_weights(policy)}
     for step in range(3):
         train_a_step(policy, step)
-        built.sync(policy)
+        assert built.sync(policy).tensors == len(whole)
         assert mismatch(policy, prompts, draw(built, prompts)) <= TOLERANCE
     built.close()
 
@@ -431,6 +433,26 @@ def test_a_server_that_dies_while_it_takes_weights_gets_all_of_them_again(server
     assert mismatch(policy, prompts, groups) <= TOLERANCE
 
 
+def test_a_server_that_comes_back_after_a_failure_serves_again(server, policy, prompts, monkeypatch):
+    """Its first new start fails for a reason that ends the run; had the run gone on, the next one would serve."""
+    bring_up, failed = server._bring_up, []
+
+    def fails_once(number: int) -> None:
+        if not failed:
+            failed.append(number)
+            raise RuntimeError("the disk was full")
+        bring_up(number)
+
+    monkeypatch.setattr(server, "_bring_up", fails_once)
+    os.killpg(server._servers[0].process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="could not be brought back: the disk was full"):
+        draw(server, prompts)
+    wait_for(lambda: server._servers[0].ready)
+    assert mismatch(policy, prompts, draw(server, prompts)) <= TOLERANCE
+    os.killpg(server._servers[0].process.pid, signal.SIGKILL)
+    assert mismatch(policy, prompts, draw(server, prompts)) <= TOLERANCE  # and waits, as if nothing had been
+
+
 def test_weights_of_somebody_else_are_refused(server, policy, prompts):
     server._servers[0].call("/update_weight_version", {"new_version": "0123:1"}, timeout=10)
     with pytest.raises(RuntimeError, match="something else than this run"):
@@ -466,8 +488,8 @@ def test_a_running_server_with_another_key_tokenizer_or_mode_is_refused(server, 
 def test_adapters_over_http_and_two_servers_share_the_load(tokenizer, prompts):
     """One of two servers is killed for good measure: the other serves on."""
     policy = adapted()
-    config = RolloutConfig(engine="vllm-server", num_servers=2, vllm_max_num_seqs=8, request_timeout=60)
-    built = build_engine(config, policy, tokenizer)
+    config = RolloutConfig(engine="vllm-server", weight_sync="adapter", num_servers=2, vllm_max_num_seqs=8)
+    built = build_engine(replace(config, request_timeout=60), policy, tokenizer)
     calls: dict[str, int] = {}
     for one in built._servers:
         real = one.call

@@ -24,6 +24,8 @@ class Share(NamedTuple, Generic[Verdict]):
     """Of the judge, in the same order; one where the engine handed all groups over at once."""
     seconds: tuple[float, float]
     """Of sampling, and of the judging that was left when sampling ended."""
+    lag: int = 0
+    """Updates that the engine has taken since, added up over the completions."""
 
 
 class Ahead(Generic[Verdict]):
@@ -83,7 +85,7 @@ class Ahead(Generic[Verdict]):
                 f"a completion was sampled from weight version {wrong[0]}, but the engine serves {newest} and "
                 f"async_level is {self._level}: the engine did not take an update."
             )
-        return share
+        return share._replace(lag=sum(newest - one.weight_version for group in share.groups for one in group))
 
     def _make(self, step: int) -> Share[Verdict]:
         return self._sample(step, self._recorded.pop(step, None))
@@ -155,13 +157,14 @@ def sample_and_judge(
     return Share(prompts, groups, found, (sampled - began, time.perf_counter() - sampled))
 
 
-def rollout_sums(groups: list[list[Completion]], totals: list[float]) -> dict[str, float]:
+def rollout_sums(share: Share, totals: list[float]) -> dict[str, float]:
     """Counts of a process's rollouts, to be added over processes. totals: rewards, one a completion."""
-    completions = [completion for group in groups for completion in group]
-    size = len(groups[0]) if groups else 1
+    completions = [completion for group in share.groups for completion in group]
+    size = len(share.groups[0]) if share.groups else 1
     return {
         "rollout/completions": len(completions),
-        "rollout/groups": len(groups),
+        "rollout/lag": share.lag,
+        "rollout/groups": len(share.groups),
         "rollout/equal_groups": sum(len(set(totals[i : i + size])) == 1 for i in range(0, len(totals), size)),
         "rollout/truncated": sum(completion.finish_reason == "length" for completion in completions),
         "tokens/completions": sum(len(completion.token_ids) for completion in completions),
@@ -169,8 +172,10 @@ def rollout_sums(groups: list[list[Completion]], totals: list[float]) -> dict[st
 
 
 def rollout_statistics(sums: dict[str, float]) -> dict[str, float]:
-    """Shares and means from added-up `rollout_sums`."""
+    """Shares and means from added-up `rollout_sums`, and the number of completions."""
     return {
+        "rollout/completions": sums["rollout/completions"],
+        "rollout/lag": sums["rollout/lag"] / sums["rollout/completions"],
         "rollout/equal_groups": sums["rollout/equal_groups"] / sums["rollout/groups"],
         "rollout/truncated": sums["rollout/truncated"] / sums["rollout/completions"],
         "rollout/completion_length": sums["tokens/completions"] / sums["rollout/completions"],

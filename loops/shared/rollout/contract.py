@@ -112,7 +112,7 @@ class RolloutConfig:
 
     weight_sync: str = "auto"
     """What goes to vLLM after each step: `full` weights (adapters merged on the fly), the `adapter` alone (LoRA), or
-    auto: the adapter where vLLM can serve it."""
+    auto: the adapter on GPUs where vLLM can serve it, else full (on a CPU vLLM is slow with adapters)."""
     weight_transfer: str = "auto"
     """How full weights reach a server: `gloo` (network), `nccl` (other GPUs), `ipc` (the same GPUs), `file` (a folder
     that both see), or auto: nccl when training on a GPU, else gloo."""
@@ -214,9 +214,11 @@ class RolloutConfig:
         return self.engine in ("vllm", "vllm-server") or self.async_level > 0
 
     def check_due(self, step: int, *, first: bool) -> bool:
-        """Whether the sampler's and the trainer's log-probabilities are compared in step `step`; not where samples of
-        older weights are expected."""
-        return not self.async_level and (first or (self.check_every > 0 and step % self.check_every == 0))
+        """Whether the sampler's and the trainer's log-probabilities are compared in step `step`. Where sampling runs
+        ahead only the very first one is of the weights that train on it."""
+        if self.async_level:
+            return step == 0
+        return first or (self.check_every > 0 and step % self.check_every == 0)
 
     def sampling(self) -> Sampling:
         """The sampling of training rollouts; `dataclasses.replace(..., temperature=0)` makes it greedy.
@@ -303,8 +305,6 @@ class Engine(Protocol):
             seed: with `prompt_numbers`, the only source of chance: the noise of a token depends on (seed, prompt
                 number, completion 0..n-1, position in the completion), never on the batch or the rank.
             prompt_numbers: P integers that name the prompts, the same on every rank that could draw them.
-            arrived: called, by any thread, with the place of a prompt and its completions when these are whole; engines
-                whose completions end together never call it.
             arrived: called once for each prompt, from any thread, by engines that finish prompts one by one; others,
                 which have all of them at once, do not call it.
 

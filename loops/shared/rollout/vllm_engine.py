@@ -69,7 +69,8 @@ class Served:
         reason = unserved_adapter(policy)
         if config.weight_sync == "adapter" and reason:
             raise ValueError(f"weight_sync is adapter, but {reason}: set weight_sync to full.")
-        self.adapter = config.weight_sync != "full" and reason is None
+        wanted = config.weight_sync == "adapter" or (config.weight_sync == "auto" and self.device != "cpu")
+        self.adapter = wanted and reason is None
         self.lora_rank = 0
         if self.adapter:
             self.lora_rank = next(rank for rank in LORA_RANKS if rank >= policy.peft_config["default"].r)  # type: ignore[operator,union-attr]

@@ -493,6 +493,7 @@ class VllmServerEngine:
             server.ready = False
             try:
                 self._bring_back(number)
+                self._failure = None
             except ServerLostError:
                 continue
             except Exception as error:

@@ -45,6 +45,7 @@ NOTES = {
 REFUSED = {
     "config": "is no key: give several files as `--config base.yaml --config other.yaml`",
     "hf_token": "would be written to the run folder: set HF_TOKEN in the environment instead",
+    "server_api_key": "would be written to the run folder: set VLLM_API_KEY in the environment instead",
 }
 """Keys that would do harm; the sentence says what to do instead."""
 

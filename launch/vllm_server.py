@@ -70,14 +70,10 @@ def end_with_parent() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the server until it ends, a signal comes, or the parent is gone; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parent", type=int, help="process whose end ends the server; the API key comes on stdin")
+    parser.add_argument("--parent", type=int, help="process whose end ends the server")
     parser.add_argument("--gpus", help="numbers of the GPUs to use, comma-separated; default: all")
     own, options = parser.parse_known_args(argv)
     variables = environment(os.environ, options, on_cpu=has_cpu_build(), gpus=own.gpus)
-    if own.parent is not None:
-        key = sys.stdin.readline().strip()  # not on the command line, which every user of the machine can read
-        if key:
-            variables["VLLM_API_KEY"] = key
     if not any(option.split("=")[0] == "--host" for option in options):
         options = ["--host=127.0.0.1", *options]
 

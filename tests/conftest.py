@@ -1,7 +1,13 @@
 """What several tests need."""
 
+import os
+
 import pytest
 import torch
+
+# For the processes that tests start: threads of several processes that wait for each other on few cores take five times
+# as long. (This process has read it already.)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def make_float32_mean_float64(setattr_=setattr) -> None:

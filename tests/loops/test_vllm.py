@@ -327,11 +327,12 @@ def test_the_trainers_random_stream_is_left_alone(policy, tokenizer):
 @pytest.fixture(scope="module")
 def server(policy: Any, tokenizer: Any) -> Iterator[Any]:
     """One server of our own, full weights over gloo, with a key."""
-    config = RolloutConfig(engine="vllm-server", server_api_key="open sesame", request_timeout=60)
-    built = build_engine(config, policy, tokenizer)
-    built.sync(policy)
-    yield built
-    built.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", "open sesame")
+        built = build_engine(RolloutConfig(engine="vllm-server", request_timeout=60), policy, tokenizer)
+        built.sync(policy)
+        yield built
+        built.close()
 
 
 def test_a_server_gives_what_the_engine_in_process_gives(server, engine, policy, prompts):
@@ -470,9 +471,10 @@ def test_a_port_in_use_is_one_sentence(server, policy, tokenizer):
 def test_a_running_server_with_another_key_tokenizer_or_mode_is_refused(server, policy, tokenizer):
     """The server of the fixture, as a run would find one that a user has started."""
     url = server._servers[0].url
-    with pytest.raises(ValueError, match="server_api_key"):
-        build_engine(RolloutConfig(engine="vllm-server", server_urls=[url]), policy, tokenizer)
-    known = RolloutConfig(engine="vllm-server", server_urls=[url], server_api_key="open sesame", weight_transfer="file")
+    known = RolloutConfig(engine="vllm-server", server_urls=[url], weight_transfer="file")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="VLLM_API_KEY"):
+        patch.delenv("VLLM_API_KEY")
+        build_engine(known, policy, tokenizer)
     with pytest.raises(ValueError, match="plumbline-file"):
         build_engine(known, policy, tokenizer)
     with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):

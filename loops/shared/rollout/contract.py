@@ -133,13 +133,12 @@ class RolloutConfig:
     vllm_sleep: bool = True
     """Free vLLM's GPU memory while the policy trains (`engine: vllm` on a GPU)."""
     server_urls: list[str] = field(default_factory=list)
-    """Servers that are running already (`launch/vllm_server.py` starts one); none: the run starts its own."""
+    """Servers that are running already (`launch/vllm_server.py` starts one); none: the run starts its own. Their key,
+    if any, is VLLM_API_KEY in the environment."""
     num_servers: int = 1
     """Servers that the run starts, on this machine, when `server_urls` is empty."""
     server_port: int = 0
     """Port of the first server that the run starts, the next ones follow; 0 takes free ones."""
-    server_api_key: str | None = None
-    """Key that the servers ask for."""
     server_timeout: float = 300.0
     """Seconds that a server may take to start, and to take new weights."""
     request_timeout: float = 600.0

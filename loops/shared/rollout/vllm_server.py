@@ -68,7 +68,7 @@ class ServerLostError(Exception):
 class Server:
     """One server as this process sees it."""
 
-    def __init__(self, url: str, key: str | None, transport: Transport | None):
+    def __init__(self, url: str, transport: Transport | None):
         self.url, self.transport = url.rstrip("/"), transport
         self.ready = False
         self.load = 0  # completions under way
@@ -76,7 +76,7 @@ class Server:
         self.life = 0  # how often it was started, or found again
         self.log = Path()
         self._headers = {"Content-Type": "application/json"}
-        if key:
+        if key := os.environ.get("VLLM_API_KEY"):  # no option: those are written to the run folder
             self._headers["Authorization"] = f"Bearer {key}"
 
     def call(self, path: str, body: dict | None = None, *, timeout: float, method: str = "POST") -> Any:
@@ -97,7 +97,7 @@ class Server:
             if error.code in (502, 503, 504) or "EngineDead" in text or "EngineCore encountered" in text:
                 raise ServerLostError(f"{self.url}: {text[:200]}") from error
             if error.code == 401:
-                raise ValueError(f"{self.url} asks for another key: set server_api_key.") from error
+                raise ValueError(f"{self.url} asks for another key: set VLLM_API_KEY in the environment.") from error
             raise RuntimeError(f"{self.url}{path} answered {error.code}: {_message(text)}") from error
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__} {error}") from error
@@ -106,7 +106,7 @@ class Server:
         """A call of the weight-update protocol."""
         self.call(f"/{method}", arguments or None, timeout=timeout)
 
-    def start(self, options: list[str], gpus: str | None, key: str | None, log: Path) -> None:
+    def start(self, options: list[str], gpus: str | None, log: Path) -> None:
         """Starts the process; it ends with this one."""
         self.log = log
         self.life += 1
@@ -116,15 +116,12 @@ class Server:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [*command, *([f"--gpus={gpus}"] if gpus else []), *options],
-                stdin=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=log.parent,  # vLLM must not find our packages in the working directory
                 start_new_session=True,
             )
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{key or ''}\n".encode())
-        self.process.stdin.close()
 
     def kill(self) -> None:
         """Ends the process and all that it started, at once."""
@@ -218,7 +215,7 @@ class VllmServerEngine:
             raise ValueError(shared[0])
         urls, self._run, self._folder, self.max_model_len = shared[0]
         if self._rank != 0:
-            self._servers = [Server(url, self._config.server_api_key, None) for url in urls]
+            self._servers = [Server(url, None) for url in urls]
         for server in self._servers:
             server.ready = True
         atexit.register(self.close)
@@ -229,7 +226,7 @@ class VllmServerEngine:
 
     def _open(self) -> tuple[list[str], str, Path, int]:
         """Servers that answer, and what all ranks have to know of them."""
-        config, key = self._config, self._config.server_api_key
+        config = self._config
         folder = Path(config.sync_dir).resolve() if config.sync_dir else self._served.folder
         folder = folder / f"sync-{secrets.token_hex(4)}"
         self._folder = folder
@@ -257,7 +254,7 @@ class VllmServerEngine:
                 transport = IpcTransport()
             else:
                 transport = BroadcastTransport(kind, host=_own_address(host), timeout=config.server_timeout)
-            self._servers.append(Server(url, key, transport))
+            self._servers.append(Server(url, transport))
         with ThreadPoolExecutor(len(self._servers)) as pool:
             list(pool.map(self._bring_up, range(len(self._servers))))
         if config.server_urls:
@@ -280,7 +277,7 @@ class VllmServerEngine:
                     options.append(flag if value is True else no if value is False else f"{flag}={value}")
             log = self._served.folder / f"server-{number}.log"
             for attempt in range(_STARTS):
-                server.start(options, self._gpus(number), config.server_api_key, log)
+                server.start(options, self._gpus(number), log)
                 try:
                     server.wait_until_up(config.server_timeout)
                     break

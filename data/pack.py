@@ -13,6 +13,8 @@ Legend: N tokens of the batch, K targets, B sequences (rows), T columns (target 
 from __future__ import annotations
 
 import bisect
+import heapq
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -26,7 +28,8 @@ from data.chat import Example, Pair
 class BatchConfig:
     """How many rows one optimizer step takes and how they are cut into micro-batches.
 
-    A row is a sequence (SFT), a pair (DPO) or a completion (GRPO). The step's rows never depend on how they are cut.
+    A row is a sequence (SFT), a pair (DPO) or a completion (GRPO). The step's rows never depend on how they are cut,
+    unless they are drawn in bins (`packing_strategy: bfd`).
     """
 
     per_device_train_batch_size: int = 8
@@ -40,6 +43,10 @@ class BatchConfig:
     """Cut micro-batches by this many tokens (a longer row stands alone) and not by per_device_...; 0 is off."""
     packing: bool = True
     """Flat batches without padding, shared prompts computed once; false: the plain padded forward."""
+    packing_strategy: str = "step"
+    """`step`: rows are drawn by seed, and fill micro-batches within their step. `bfd` (SFT): best-fit decreasing over
+    the whole data set makes bins of max_tokens_per_batch once; bins are drawn, and each is one micro-batch, so
+    per_device_train_batch_size means nothing and train_batch_size counts bins."""
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -48,15 +55,34 @@ class BatchConfig:
         for name in ("train_batch_size", "max_tokens_per_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 (off) or more.")
-
+        if self.packing_strategy not in ("step", "bfd"):
+            raise ValueError(f"packing_strategy is {self.packing_strategy!r}; give step or bfd.")
+        if self.packing_strategy == "bfd" and not (self.packing and self.max_tokens_per_batch):
+            raise ValueError(
+                "packing_strategy: bfd fills packed batches of max_tokens_per_batch tokens; set packing: true and "
+                "max_tokens_per_batch above 0, or packing_strategy: step."
+            )
         if self.max_tokens_per_batch and not self.packing:
             raise ValueError("max_tokens_per_batch counts the tokens of packed batches; set packing: true, or 0 here.")
 
     def rows_per_step(self, num_processes: int) -> int:
-        """Rows of one optimizer step over all processes."""
-        return (
-            self.train_batch_size or self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
-        )
+        """Rows (`bfd`: bins) of one optimizer step over all processes.
+
+        Raises ValueError where bins cannot be shared equally, so that some process would always run an empty batch.
+        """
+        together = self.packing_strategy == "bfd"
+        if together and self.train_batch_size % num_processes:
+            raise ValueError(
+                f"train_batch_size is {self.train_batch_size} and counts bins with packing_strategy: bfd; give a "
+                f"multiple of the {num_processes} processes, or 0."
+            )
+        per_batch = 1 if together else self.per_device_train_batch_size
+        return self.train_batch_size or per_batch * self.gradient_accumulation_steps * num_processes
+
+    def refuse_bins(self) -> None:
+        """Raise ValueError for `packing_strategy: bfd`, in loops whose rows are more than one sequence."""
+        if self.packing_strategy == "bfd":
+            raise ValueError("packing_strategy: bfd is for SFT, whose rows are single sequences; leave it at step.")
 
 
 class Segment(NamedTuple):
@@ -263,23 +289,52 @@ def cut_microbatches(
 
 def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Rows in as few bins of `max_tokens` as best-fit decreasing finds: longest first, each into the fullest bin that
-    still has room. A longer row stands alone."""
+    still has room (the first of them). A longer row stands alone. A million rows take seconds: bins with the same room
+    wait together, so what is searched has at most `max_tokens` entries."""
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = bisect.bisect_left(room, (lengths[row], 0))
-        free, number = room.pop(place) if place < len(room) else (max_tokens, len(bins))
-        if number == len(bins):
+    waiting: dict[int, list[int]] = defaultdict(list)  # free tokens -> heap of bins
+    rooms: list[int] = []  # free tokens for which a bin waits, ascending
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        place = bisect.bisect_left(rooms, lengths[row])
+        if place < len(rooms):
+            free = rooms[place]
+            number = heapq.heappop(waiting[free])
+            if not waiting[free]:
+                del rooms[place]
+        else:
+            free, number = max_tokens, len(bins)
             bins.append([])
         bins[number].append(row)
-        bisect.insort(room, (free - lengths[row], number))
+        free -= lengths[row]
+        if free > 0:
+            if not waiting[free]:
+                bisect.insort(rooms, free)
+            heapq.heappush(waiting[free], number)
     return bins
+
+
+def pack_rows(examples: Sequence[Example], config: BatchConfig) -> tuple[list[list[Example]], str]:
+    """The bins that steps draw, and in a few words how they came about: every example alone, or `bfd`.
+
+    Two bins of `bfd` never fit into one micro-batch, or the second had not been opened; so `cut_step`, given bins in
+    the place of rows, keeps each of them whole and alone.
+    """
+    if config.packing_strategy == "step":
+        return [[example] for example in examples], "step"
+    lengths, size = [len(example.input_ids) for example in examples], config.max_tokens_per_batch
+    bins = best_fit(lengths, size)
+    filled = sum(min(sum(lengths[row] for row in rows), size) for rows in bins) / (len(bins) * size)
+    text = f"bfd, {len(lengths)} rows in {len(bins)} bins of {size} tokens, {100 * filled:.1f} % full"
+    return [[examples[row] for row in rows] for rows in bins], text
 
 
 def cut_step(
     lengths: Sequence[int], *, rank: int, num_processes: int, max_rows: int, max_tokens: int = 0
 ) -> list[list[int]]:
-    """Micro-batches of this process, as places in the step; every process gets the same number (some may be empty)."""
+    """Micro-batches of this process, as places in the step; every process gets the same number (some may be empty).
+
+    lengths: tokens of each row of the step, or of each bin.
+    """
     cuts = []
     for process in range(num_processes):
         share = share_of_rank(lengths, rank=process, num_processes=num_processes)

@@ -62,6 +62,7 @@ class Config:
     """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
 
     def __post_init__(self) -> None:
+        self.batch.refuse_bins()
         settings = {"beta": self.beta, "loss_type": self.loss_type, "label_smoothing": self.label_smoothing}
         dpo_loss(*torch.zeros(4, 1), **settings, chosen_lengths=torch.ones(1), rejected_lengths=torch.ones(1))
 

@@ -78,6 +78,7 @@ class Config:
     """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
 
     def __post_init__(self) -> None:
+        self.batch.refuse_bins()
         if self.rollout.temperature <= 0:
             raise ValueError(f"temperature is {self.rollout.temperature}; GRPO samples, so give a temperature above 0.")
         if self.rollout.num_generations < 2:

@@ -19,7 +19,7 @@ import torch
 from configs.loader import dump_config, load_config
 from data.chat import EncodeConfig, Example, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.pack import BatchConfig, cut_step, pack_examples, rows_of_step, steps_per_epoch
+from data.pack import BatchConfig, cut_step, pack_examples, pack_rows, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
@@ -51,16 +51,17 @@ class Config:
         sft_loss(torch.zeros(1, 1), torch.ones(1, 1), loss_type=self.loss_type)  # refuses what it does not know
 
 
-def build_microbatches(rows, examples, config, accelerator):
-    """Packed micro-batches of this process's share of the rows (numbers of examples); as many on every process."""
+def build_microbatches(rows, bins, config, accelerator):
+    """Packed micro-batches of this process's share of the rows (numbers of bins: one example, or several that stay
+    together); as many on every process."""
     cuts = cut_step(
-        [len(examples[row].input_ids) for row in rows],
+        [sum(len(example.input_ids) for example in bins[row]) for row in rows],
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         max_rows=config.batch.per_device_train_batch_size,
         max_tokens=config.batch.max_tokens_per_batch,
     )
-    return [pack_examples([examples[rows[place]] for place in cut]).to(accelerator.device) for cut in cuts]
+    return [pack_examples([e for place in cut for e in bins[rows[place]]]).to(accelerator.device) for cut in cuts]
 
 
 def score_batch(policy, batch, config, packing):
@@ -108,7 +109,7 @@ def evaluate(policy, engine, examples, prompts, judges, config, accelerator, pac
     began = time.perf_counter()
     policy.eval()
     sums = {}
-    for batch in build_microbatches(range(len(examples)), examples, config, accelerator):
+    for batch in build_microbatches(range(len(examples)), [[e] for e in examples], config, accelerator):
         add_sums(sums, score_batch(policy, batch, config, packing)[1])
     policy.train()
     total = reduce_sums(accelerator, sums)
@@ -138,23 +139,25 @@ def main(config: Config) -> None:
     run.say(parameter_line(policy))
     first = pack_examples([Example(e.input_ids[-64:], e.is_target[-64:]) for e in examples[:2]])  # ends of real rows
     packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
+    bins, packed = pack_rows(examples, config.batch)
+    run.say(f"packing_strategy: {packed}")
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
-    epoch_steps = steps_per_epoch(len(examples), rows_per_step)
+    epoch_steps = steps_per_epoch(len(bins), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = run.prepare(policy, optimizer, None, engine)
-    run.open(total_steps, rows=len(examples), rows_per_step=rows_per_step)
+    run.open(total_steps, rows=len(examples), packing_strategy=packed, rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     if start == 0 and eval_examples:
         run.log(evaluate(policy, engine, eval_examples, eval_prompts, judges, config, accelerator, packing), 0)
 
     for step in range(start, total_steps):
         began = time.perf_counter()
-        rows = rows_of_step(step, num_rows=len(examples), rows_per_step=rows_per_step, seed=config.run.seed)
-        denominator = sum(sum(examples[row].is_target[1:]) for row in rows)
-        microbatches = build_microbatches(rows, examples, config, accelerator)
+        rows = rows_of_step(step, num_rows=len(bins), rows_per_step=rows_per_step, seed=config.run.seed)
+        denominator = sum(sum(example.is_target[1:]) for row in rows for example in bins[row])
+        microbatches = build_microbatches(rows, bins, config, accelerator)
         run.at(step, "the update")
         sums = train_step(
             policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, run.guard

@@ -236,16 +236,16 @@ class Run:
         seed_process(self.config.seed, self.accelerator.process_index)
         return prepared
 
-    def open(self, total_steps: int, **sizes: int) -> None:
+    def open(self, total_steps: int, **sizes: int | str) -> None:
         """Create the run folder, with the resolved config and provenance, and start the trackers.
 
-        Called when everything is built, so that bad input writes nothing. sizes: numbers that, with loop and seed, say
+        Called when everything is built, so that bad input writes nothing. sizes: what, with loop and seed, says
         which rows a step has. Raises ValueError where the checkpoint to resume from is of another run.
         """
         self.identity = {"loop": self.loop, "seed": self.config.seed, **sizes}
         step = None
         if self.checkpoint:
-            state = read_state(self.checkpoint)
+            state = {"packing_strategy": "step"} | read_state(self.checkpoint)  # which older ones do not name
             step = state["step"]
             for name, value in self.identity.items():
                 if state.get(name) != value:

@@ -76,7 +76,7 @@ def train(loop, kind, accelerator, sharding):
         rows = step_rows(step)
         common = (optimizer, scheduler)
         if loop == "sft":
-            micro = sft.build_microbatches(rows, examples, config, accelerator)
+            micro = sft.build_microbatches(rows, [[e] for e in examples], config, accelerator)
             count = sum(len(examples[row].input_ids) - 1 for row in rows)
             sums = sft.train_step(policy, *common, micro, count, config, accelerator, True, FiniteGuard(accelerator))
             losses.append(reduce_sums(accelerator, sums)["loss/sft"] / count)

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.loader import load_config
 from loops import dpo, grpo, sft
+from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
 
 HOUSE = Path(__file__).resolve().parents[2]
 LOOPS = {"sft": sft, "dpo": dpo, "grpo": grpo}
 BATCH = {"sft": 16, "dpo": 8, "grpo": 16}
+BFD = ["--packing_strategy", "bfd", "--max_tokens_per_batch", "512"]
 
 
 def first_token_is_even(*, completion_ids, **_):
@@ -78,11 +80,11 @@ def test_the_pipeline_runs_and_each_loop_reads_what_the_last_one_wrote(tmp_path)
     assert rows[1]["policy/mismatch_max"] < 1e-4  # sampler and trainer are the same weights
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_a_resumed_run_ends_in_the_same_bytes(loop, tmp_path):
+@pytest.mark.parametrize(("loop", "more"), [*((loop, []) for loop in LOOPS), ("sft", BFD)])
+def test_a_resumed_run_ends_in_the_same_bytes(loop, more, tmp_path):
     """Five steps in one go; three, a checkpoint, a new start, two more. Dropout on, LoRA, so that every RNG counts."""
     lora = [] if loop == "sft" else ["--lora_r", "4", "--lora_dropout", "0.2", "--merge_weights"]
-    options = ["--eval_reward", "exact_answer", "--lr_scheduler_type", "constant", "--save_steps", "3", *lora]
+    options = ["--eval_reward", "exact_answer", "--lr_scheduler_type", "constant", "--save_steps", "3", *lora, *more]
     run(loop, tmp_path / "whole", "--max_steps", "5", *options)
     run(loop, tmp_path / "parts", "--max_steps", "3", *options)
     rows = run(loop, tmp_path / "parts", "--max_steps", "5", "--resume_from", "latest", *options)
@@ -213,9 +215,13 @@ def test_bf16_trains_by_autocast_and_pure(precision, tmp_path):
     assert rows[-1]["loss/nll"] < rows[1]["loss/nll"] - 0.5
 
 
-def test_two_launched_processes_take_the_steps_of_one(tmp_path):
-    """`accelerate launch` with two processes over gloo, against one: the same losses and gradient norms."""
+@pytest.mark.parametrize("strategy", ["step", "bfd"])
+def test_two_launched_processes_take_the_steps_of_one(strategy, tmp_path):
+    """`accelerate launch` with two processes over gloo, against one: the same losses and gradient norms. Of the 40
+    rows' bins a step takes two; the last step of an epoch has one, so a process has none."""
     options = ["--config", "configs/sft.yaml", "--max_steps", "3", "--eval_reward", "null", "--max_eval_samples", "8"]
+    if strategy == "bfd":
+        options += [*BFD, "--max_train_samples", "40", "--train_batch_size", "2"]
     both = {}
     for processes in (1, 2):
         topology = ["--config_file", "launch/cpu_ddp.yaml"] if processes == 2 else []
@@ -223,12 +229,24 @@ def test_two_launched_processes_take_the_steps_of_one(tmp_path):
         size = ["--per_device_train_batch_size", str(16 // processes), "--output_dir", str(tmp_path / str(processes))]
         done = launch(*launcher, *options, *size)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert ("packing_strategy: bfd, 40 rows in 3 bins of 512 tokens" in done.stdout) == (strategy == "bfd")
         text = (tmp_path / str(processes) / "metrics.jsonl").read_text()
         both[processes] = [json.loads(line) for line in text.splitlines()]
     for one, two in zip(both[1], both[2], strict=True):
         for name in ("loss/sft", "optim/grad_norm", "eval/loss", "tokens/loss"):
             if name in one:
                 assert two[name] == pytest.approx(one[name], rel=1e-4), (name, one["step"])
+
+
+def test_a_step_of_all_bins_is_the_padded_step_of_all_rows(tmp_path):
+    """40 rows, in three bins or as they are: the same losses and gradient norms."""
+    options = ["--max_steps", "2", "--eval_reward", "null", "--max_train_samples", "40", "--train_batch_size"]
+    bins = run("sft", tmp_path / "bins", *options, "3", *BFD)
+    rows = run("sft", tmp_path / "rows", *options, "40", "--packing", "false")
+    for one, two in zip(bins[1:], rows[1:], strict=True):
+        assert one["tokens/loss"] == two["tokens/loss"]
+        for name in ("loss/sft", "optim/grad_norm"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4), (name, one["step"])
 
 
 def test_reference_scores_computed_once_are_those_of_every_step(tmp_path):
@@ -275,6 +293,9 @@ def test_a_step_holds_whole_groups_whatever_the_micro_batch(tmp_path):
         ("sft", ["--lora_r", "4", "--lora_target_modules", "nope"], "nope"),
         ("sft", ["--packing", "false", "--max_tokens_per_batch", "64"], "max_tokens_per_batch"),
         ("sft", ["--packing", "false", "--compile"], "packing"),
+        ("sft", ["--packing_strategy", "bfd"], "max_tokens_per_batch above 0"),
+        ("dpo", BFD, "packing_strategy: bfd is for SFT"),
+        ("grpo", BFD, "packing_strategy: bfd is for SFT"),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_anything_is_written(loop, options, word, tmp_path, capsys):
@@ -310,6 +331,27 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     (tmp_path / "b/notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="output_dir"):
         run("sft", tmp_path / "b", "--max_steps", "2", "--resume_from", str(checkpoint))
+
+
+def test_a_checkpoint_of_other_bins_is_refused(tmp_path):
+    """Whichever side has them, and of another size; one of before there were bins is of single rows."""
+    run("sft", tmp_path / "bins", "--max_steps", "1", "--save_steps", "1", *BFD)
+    run("sft", tmp_path / "rows", "--max_steps", "1", "--save_steps", "1")
+    again = ["--max_steps", "2", "--resume_from", "latest"]
+    for name, options, words in (
+        ("bins", [], "packing_strategy bfd, 3072 rows in .* 512 tokens, .* and this run step: it is of another run"),
+        ("bins", [*BFD[:3], "600"], "packing_strategy bfd, .* 512 tokens, .* and this run bfd, .* 600 tokens, "),
+        ("rows", BFD, "packing_strategy step and this run bfd, "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run("sft", tmp_path / name, *again, *options)
+    (checkpoint,) = (tmp_path / "rows/checkpoints").iterdir()
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in (STATE, MANIFEST))
+    del state["packing_strategy"]
+    (checkpoint / STATE).write_text(json.dumps(state))
+    manifest["files"][STATE] = [(checkpoint / STATE).stat().st_size, checksum(checkpoint / STATE)]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert len(run("sft", tmp_path / "rows", *again)) == 3
 
 
 def test_state_space_models_train_but_are_not_sampled_from(tmp_path):

@@ -158,7 +158,7 @@ def train_variant(name, folder, accelerator, sharding):
     batch = pack_examples(EXAMPLES)
     losses, references = [], []
     for _ in range(3):
-        micro = sft.build_microbatches(range(6), EXAMPLES, loop, accelerator)
+        micro = sft.build_microbatches(range(6), [[e] for e in EXAMPLES], loop, accelerator)
         sums = sft.train_step(
             policy, optimizer, scheduler, micro, count, loop, accelerator, True, FiniteGuard(accelerator)
         )

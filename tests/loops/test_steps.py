@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from data.chat import Example, Pair, Prompt
-from data.pack import BatchConfig
+from data.pack import BatchConfig, pack_rows
 from loops import dpo, grpo, sft
 from loops.shared.guards import FiniteGuard
 from loops.shared.models import build_reference
@@ -37,12 +37,26 @@ def draw(generator, low, high):
     ).tolist()
 
 
-def one_step(loop: str, accelerator, *, max_rows: int = 8, max_tokens: int = 0, packing: bool = True, **settings):
+def one_step(
+    loop: str,
+    accelerator,
+    *,
+    max_rows: int = 8,
+    max_tokens: int = 0,
+    packing: bool = True,
+    strategy: str = "step",
+    **settings,
+):
     """Weights after one SGD step of rate 1 over eight rows (so their change is the gradient), and the step's sums."""
     policy = tiny_policy()
     module = {"sft": sft, "dpo": dpo, "grpo": grpo}[loop]
     config = module.Config(
-        batch=BatchConfig(per_device_train_batch_size=max_rows, max_tokens_per_batch=max_tokens, packing=packing),
+        batch=BatchConfig(
+            per_device_train_batch_size=max_rows,
+            max_tokens_per_batch=max_tokens,
+            packing=packing,
+            packing_strategy=strategy,
+        ),
         **settings,
     )
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
@@ -56,7 +70,8 @@ def one_step(loop: str, accelerator, *, max_rows: int = 8, max_tokens: int = 0, 
     common = (optimizer, scheduler)
     if loop == "sft":
         examples = [Example(ids, [True] * len(ids)) for ids in (draw(g, 2, 20) for _ in range(8))]
-        micro = sft.build_microbatches(range(8), examples, config, accelerator)
+        bins, _ = pack_rows(examples, config.batch)
+        micro = sft.build_microbatches(range(len(bins)), bins, config, accelerator)
         count = sum(len(e.input_ids) - 1 for e in examples)
         sums = sft.train_step(wrapped, *common, micro, count, config, accelerator, packing, FiniteGuard(accelerator))
     elif loop == "dpo":
@@ -100,7 +115,7 @@ def largest_difference(a, b):
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("settings", [{}, {"loss": "other"}], ids=["default", "other"])
 def test_micro_batches_do_not_change_the_step(loop, settings, only_float64):
-    """1 x 8, 2 x 4, 4 x 2, 8 x 1, a token budget and the plain padded path, in float64."""
+    """1 x 8, 2 x 4, 4 x 2, 8 x 1, a token budget, the plain padded path and (SFT) bins, in float64."""
     other = {"sft": {"loss_type": "dft"}, "dpo": {"loss_type": "ipo"}, "grpo": {"loss_type": "grpo", "beta": 0.1}}
     settings = other[loop] if settings else {}
     accelerator = Accelerator(cpu=True)
@@ -108,7 +123,8 @@ def test_micro_batches_do_not_change_the_step(loop, settings, only_float64):
     assert count == 1
     moved = largest_difference(whole, {n: p.detach() * 1.1 for n, p in tiny_policy().named_parameters()})
     assert moved > 1e-3  # the step did something
-    for cut in ({"max_rows": 4}, {"max_rows": 2}, {"max_rows": 1}, {"max_tokens": 40}, {"packing": False}):
+    cuts = [{"max_rows": 4}, {"max_rows": 2}, {"max_rows": 1}, {"max_tokens": 40}, {"packing": False}]
+    for cut in cuts + [{"max_tokens": 40, "strategy": "bfd"}] * (loop == "sft"):
         weights, other_sums, count = one_step(loop, accelerator, **cut, **settings)
         assert cut == {"packing": False} or count > 1
         assert largest_difference(whole, weights) < 1e-12
@@ -128,7 +144,7 @@ def test_a_mean_of_means_would_be_noticed():
     g = torch.Generator().manual_seed(3)
     examples = [Example(ids, [True] * len(ids)) for ids in (draw(g, 2, 20) for _ in range(8))]
     config = sft.Config(batch=BatchConfig(per_device_train_batch_size=2))
-    for batch in sft.build_microbatches(range(8), examples, config, accelerator):
+    for batch in sft.build_microbatches(range(8), pack_rows(examples, config.batch)[0], config, accelerator):
         loss, _ = sft.score_batch(policy, batch, config, True)
         (loss / len(batch.targets) / 4).backward()
     naive = {n: (p - p.grad).detach() for n, p in policy.named_parameters()}
@@ -152,22 +168,26 @@ def test_groups_without_a_signal_are_left_out_but_counted():
     assert not len(kept) and batch.num_tokens == 1  # every process still runs one forward
 
 
-def on_two_processes(loop: str, path: str):
+def on_two_processes(loop: str, path: str, cut: dict):
     make_float32_mean_float64()
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    weights, _, _ = one_step(loop, accelerator, max_rows=3)
+    weights, _, count = one_step(loop, accelerator, **cut)
+    assert count > 1
     if accelerator.is_main_process:
         save_file(weights, path)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", [*LOOPS, "sft in bins"])
 def test_two_processes_take_the_same_step(loop, tmp_path, only_float64):
-    """Two real processes over gloo against one; uneven shares (a rank may run an idle micro-batch)."""
+    """Two real processes over gloo against one; uneven shares (a rank may run an idle micro-batch: of three bins one
+    process has one)."""
+    cut = {"max_tokens": 40, "strategy": "bfd"} if loop == "sft in bins" else {"max_rows": 3}
+    loop = loop.split()[0]
     code = (
         "from accelerate import debug_launcher; from tests.loops.test_steps import on_two_processes;"
-        f"debug_launcher(on_two_processes, ({loop!r}, {str(tmp_path / 'w.pt')!r}), num_processes=2)"
+        f"debug_launcher(on_two_processes, ({loop!r}, {str(tmp_path / 'w.pt')!r}, {cut!r}), num_processes=2)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

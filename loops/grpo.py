@@ -83,10 +83,10 @@ class Config:
             raise ValueError(f"temperature is {self.rollout.temperature}; GRPO samples, so give a temperature above 0.")
         if self.rollout.num_generations < 2:
             raise ValueError("num_generations is below 2; a group needs at least two completions to compare.")
-        truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0 or self.rollout.min_p > 0
-        if self.num_iterations > 1 and truncated:
+        restrictions = self.rollout.sampling().restrictions
+        if self.num_iterations > 1 and restrictions:
             raise ValueError(
-                "num_iterations above 1 with top_p, top_k or min_p would bias the importance ratios; drop one of them."
+                f"num_iterations above 1 with {restrictions[0]} would bias the importance ratios; drop one of them."
             )
         group_advantages(torch.zeros(2), 2, scale=self.scale_rewards)  # these refuse what they do not know
         zero = torch.zeros(1, 1)

@@ -533,6 +533,21 @@ def test_values_chosen_to_go_with_another_leave_with_it():
     assert load_config(Config, [*shipped, *weighted], prog="grpo").reward.reward_weights == [1.0, 2.0]
 
 
+def test_a_json_schema_is_a_mapping_in_a_file_and_json_on_the_command_line(write):
+    from loops.grpo import Config
+
+    schema = {"type": "object", "properties": {"yes": {"enum": [1, "1", None, True]}}, "required": ["yes"]}
+    file = write(
+        "engine: vllm\nstructured_outputs_json:\n  type: object\n  required: [yes]\n"
+        "  properties: {yes: {enum: [1, '1', null, true]}}\n"
+    )
+    for arguments in (["--config", file], ["--engine", "vllm", "--structured_outputs_json", json.dumps(schema)]):
+        got = load_config(Config, arguments, prog="grpo")
+        assert got.rollout.structured_outputs_json == schema
+        again = load_config(Config, ["--config", write(dump_config(got), "again.yaml")], prog="grpo")
+        assert again == got
+
+
 # Errors
 
 

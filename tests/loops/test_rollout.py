@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,17 @@ from transformers import (
     Qwen3Config,
 )
 
+from loops.grpo import Config as GrpoConfig
 from loops.shared.rollout import Completion, RolloutConfig, Sampling, build_engine
 from loops.shared.rollout.mismatch import explain_mismatch
-from loops.shared.rollout.sampling import choose_tokens, noise_keys, uniform_noise
+from loops.shared.rollout.sampling import (
+    bad_word_table,
+    bad_word_tokens,
+    banned_tokens,
+    choose_tokens,
+    noise_keys,
+    uniform_noise,
+)
 from loops.shared.rollout.transformers_engine import TransformersEngine
 
 VOCABULARY = 96
@@ -55,9 +64,15 @@ def build_model(name: str = "qwen3", std: float = 0.3) -> PreTrainedModel:
 
 
 class LetterTokenizer:
-    """Token i is a letter of the alphabet; 95 is a special token, which shows nothing."""
+    """Token i is a letter of the alphabet, 26 to 51 those that are written at the start of a text after a space; 95 is
+    a special token, which shows nothing."""
 
     eos_token_id = None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        letters = [ord(letter) - 97 for letter in text.strip()]
+        return [letters[0] + 26, *letters[1:]] if text.startswith(" ") else letters
 
     def batch_decode(
         self, sequences: list[list[int]], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
@@ -335,6 +350,116 @@ def test_nucleus_wider_than_the_first_sort_is_whole() -> None:
     assert abs(tokens.unique().numel() - 1500) <= 1
 
 
+# ---- bad words -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("check_every", [1, 8])
+def test_bad_words_are_taken_out_of_each_distribution_and_nothing_else_is(temperature: float, check_every: int) -> None:
+    """Each token is the one that its noise (or the maximum) picks from the policy's distribution without the tokens
+    that complete a bad word. The words are what free completions hold: a letter, pairs, triples, and pairs whose first
+    token is the prompt's last, which stay allowed there."""
+    model = build_model(std=0.1)
+    tokenizer = LetterTokenizer()
+    free = sample(model, n=8, temperature=temperature, max_completion_length=16)
+    lists = [completion.token_ids for group in free for completion in group]
+    lists += [[prompt[-1], c.token_ids[0]] for prompt, group in zip(PROMPTS, free, strict=True) for c in group]
+    spans = [tokens[t : t + size] for tokens in lists for size in (2, 3) for t in range(len(tokens) - size + 1)]
+    spans = [span for span in spans if span[0] < 52 and max(span[1:]) < 26]
+    spans += [[16]]
+    words = tuple(dict.fromkeys(tokenizer.batch_decode(spans, True, False)))
+    bad = [[ord(letter) - 97 for letter in word] for word in words]
+    bad += [[first + 26, *rest] for first, *rest in bad]
+    groups = sample(
+        model,
+        n=8,
+        tokenizer=tokenizer,
+        temperature=temperature,
+        max_completion_length=16,
+        bad_words=words,
+        check_every=check_every,
+    )
+    taken = 0
+    for prompt, group, number in zip(PROMPTS, groups, NUMBERS, strict=True):
+        for place, completion in enumerate(group):
+            tokens = completion.token_ids
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
+            noise = uniform_noise(noise_keys(0, torch.tensor([number]), torch.tensor([place])), 0, 16)[0]
+            for t, (token, row) in enumerate(zip(tokens, logits, strict=True)):
+                left = (row / (temperature or 1.0)).softmax(-1)
+                for *prefix, last in bad:
+                    if t >= len(prefix) and tokens[t - len(prefix) : t] == prefix:
+                        taken += len(prefix) > 0
+                        left[last] = 0.0
+                sums = left.cumsum(0)
+                chosen = torch.searchsorted(sums, noise[t] * sums[-1], right=True) if temperature else left.argmax()
+                assert token == chosen
+            expected = scored(model, prompt, tokens, temperature or 1.0)
+            assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+    assert taken > 50 and tokens_of(groups) != tokens_of(free)
+
+
+def test_what_would_complete_a_bad_word_is_banned() -> None:
+    """Words 5; 3 4; 3 3 6; and one whose last token the model does not have. A word begins in the completion."""
+    words = bad_word_table([[5], [3, 4], [3, 3, 6], [3, 9]], torch.device("cpu"))
+    assert bad_word_table([], torch.device("cpu")) is None
+    for completion, expected in [([], {5}), ([3], {4, 5}), ([3, 3], {4, 5, 6}), ([4, 3, 3], {4, 5, 6}), ([3, 1], {5})]:
+        banned = banned_tokens(words, torch.tensor([completion], dtype=torch.long), 8)
+        assert banned.shape == (1, 8) and set(banned[0].nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("truncation", "allowed"),
+    [
+        ({}, {0, 2, 3}),
+        ({"top_k": 2}, {0, 2}),
+        ({"top_p": 0.6}, {0, 2}),
+        ({"top_p": 0.4}, {2}),
+        ({"min_p": 0.4}, {0, 2}),
+        ({"min_p": 0.3}, {0, 2, 3}),
+        ({"temperature": 0.0}, {2}),
+    ],
+)
+def test_truncation_goes_by_what_bad_words_leave(truncation: dict[str, float], allowed: set[int]) -> None:
+    """Of .16, .5, .25, .09 the second is banned: .32, .5, .18 are left, and min-p .4 asks for .2, .3 for .15. The
+    log-probabilities are those of the whole."""
+    probabilities = torch.tensor([0.16, 0.5, 0.25, 0.09])
+    draws = 4000
+    noise = (torch.arange(draws).double() + 0.5) / draws
+    banned = (torch.arange(4) == 1).expand(draws, -1)
+    tokens, logprobs = choose_tokens(probabilities.log().expand(draws, -1), noise, Sampling(**truncation), banned)
+    kept = torch.tensor([token in allowed for token in range(4)]) * probabilities
+    counts = torch.bincount(tokens, minlength=4)
+    assert (counts - draws * kept / kept.sum()).abs().max() <= 1
+    assert torch.allclose(logprobs, probabilities.log()[tokens], atol=1e-6)
+
+
+def test_tokens_of_next_to_no_probability_are_drawn_and_scored_where_a_bad_word_leaves_no_other() -> None:
+    """e**-200 is 0 in fp32, and its logarithm is not."""
+    logits = torch.tensor([[200.0, 0.0, 0.0, -1.0]]).expand(2, -1)
+    noise = torch.tensor([0.01, 0.99], dtype=torch.float64)
+    tokens, logprobs = choose_tokens(
+        logits, noise, Sampling(), torch.tensor([[True, False, False, False]]).expand(2, -1)
+    )
+    assert tokens.tolist() == [1, 3] and logprobs.tolist() == [-200.0, -201.0]
+
+
+def test_bad_words_are_tokenized_alone_and_after_a_space() -> None:
+    """After a space only where that is as many tokens with another first one, as in vLLM."""
+    tokenizer = LetterTokenizer()
+    assert bad_word_tokens((" ab", "c"), tokenizer) == [[0, 1], [26, 1], [2], [28]]
+    tokenizer.encode = lambda text, add_special_tokens: (
+        [9] * text.count(" ") + [ord(letter) - 97 for letter in text.strip()]
+    )
+    assert bad_word_tokens(("ab",), tokenizer) == [[0, 1]]
+    tokenizer.encode = lambda text, add_special_tokens: [ord(letter) - 97 for letter in text.strip()]
+    assert bad_word_tokens(("ab",), tokenizer) == [[0, 1]]
+    tokenizer.encode = lambda text, add_special_tokens: []
+    with pytest.raises(ValueError, match="bad_words holds 'ab', which has no tokens"):
+        bad_word_tokens(("ab",), tokenizer)
+
+
 # ---- ends ------------------------------------------------------------------------------------------------------------
 
 
@@ -569,7 +694,10 @@ def test_no_prompts_give_no_completions() -> None:
         ({"prompts": [[1], []]}, "prompt 1 .* no tokens"),
         ({"n": 0}, "n is 0"),
         ({"numbers": [1]}, "5 prompts and 1 prompt_numbers"),
-        ({"stop": ("x",)}, "tokenizer"),
+        ({"stop_token_ids": (95, 96)}, "stop_token_ids holds 96, and the model has 96 tokens"),
+        ({"stop": ("x",)}, "stop strings need a tokenizer"),
+        ({"bad_words": ("x",)}, "bad_words needs a tokenizer"),
+        ({"structured_outputs_regex": "x"}, "structured_outputs_regex .* set engine to vllm"),
     ],
 )
 def test_bad_calls_are_refused(arguments: dict[str, object], words: str) -> None:
@@ -591,6 +719,9 @@ def test_bad_calls_are_refused(arguments: dict[str, object], words: str) -> None
         ("min_p", 1.0),
         ("stop", [""]),
         ("stop_token_ids", [-1]),
+        ("bad_words", ["word", " \n"]),
+        ("structured_outputs_regex", ""),
+        ("structured_outputs_json", {}),
         ("max_decode_batch", -1),
         ("prefill_token_budget", 0),
     ],
@@ -600,8 +731,13 @@ def test_values_out_of_range_are_named(field: str, value: object) -> None:
         RolloutConfig(**{field: value})
 
 
-def test_config_gives_the_sampling() -> None:
-    config = RolloutConfig(temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, stop=["a"], stop_token_ids=[4])
+@pytest.mark.parametrize(
+    "mask", [{"bad_words": ["b"]}, {"structured_outputs_regex": "x+"}, {"structured_outputs_json": {"type": "null"}}]
+)
+def test_config_gives_the_sampling(mask: dict[str, Any]) -> None:
+    config = RolloutConfig(temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, stop=["a"], stop_token_ids=[4], **mask)
+    assert config.sampling().restrictions == ["top_p", "top_k", "min_p", *mask]
+    assert RolloutConfig(stop=["a"]).sampling().restrictions == []
     shared = {leaf.name for leaf in dataclasses.fields(Sampling)}
     given = {name: value for name, value in dataclasses.asdict(config).items() if name in shared}
     sampled = dataclasses.asdict(config.sampling())
@@ -620,13 +756,44 @@ def test_auto_is_the_embedded_engine_without_a_gpu(monkeypatch: pytest.MonkeyPat
     assert isinstance(build_engine(RolloutConfig(), build_model(), None), TransformersEngine)
 
 
+def test_structured_outputs_are_for_vllm() -> None:
+    """Said when the config is read, and for `auto` when the engine is built."""
+    for fields in ({"structured_outputs_regex": "a|b"}, {"structured_outputs_json": {"type": "null"}}):
+        with pytest.raises(ValueError, match=f"{next(iter(fields))} is set.*set engine to vllm"):
+            RolloutConfig(engine="transformers", **fields)
+        RolloutConfig(engine="vllm", **fields)
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match=f"{next(iter(fields))} is set.*set engine to vllm"):
+                build_engine(RolloutConfig(**fields), build_model(), LetterTokenizer())
+
+
+@pytest.mark.parametrize("mask", [{"bad_words": ["a"]}, {"structured_outputs_json": {"type": "null"}}])
+def test_a_regular_expression_stands_alone(mask: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"(?s)(?=.*structured_outputs_regex).*{next(iter(mask))}"):
+        RolloutConfig(structured_outputs_regex="b", **mask)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_k": 4}, {"min_p": 0.1}, {"top_p": 0.9}, {"bad_words": ["a"]}, {"structured_outputs_regex": "a"}],
+)
+def test_several_steps_on_restricted_samples_are_refused(fields: dict[str, Any]) -> None:
+    """The ratio of the second step is to a policy that could have drawn other tokens."""
+    GrpoConfig(rollout=RolloutConfig(**fields))
+    GrpoConfig(rollout=RolloutConfig(stop=["a"]), num_iterations=2)
+    with pytest.raises(ValueError, match=f"num_iterations above 1 with {next(iter(fields))}"):
+        GrpoConfig(rollout=RolloutConfig(**fields), num_iterations=2)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"temperature": 0.7, "bad_words": ["a"]}, "temperature is 0.7 and bad_words"),
         ({"temperature": 0.7, "top_p": 0.9}, "temperature is 0.7 and top_p 0.9"),
         ({"temperature": 0.7, "top_k": 4}, "temperature is 0.7 and top_k 4"),
         ({"min_p": 0.1, "top_p": 0.9}, "min_p and top_p"),
         ({"temperature": 0.001}, "raises to 0.01"),
+        ({"temperature": 2.5}, "temperature is 2.5.*at most 2"),
     ],
 )
 def test_what_vllm_cannot_sample_or_score_exactly_is_refused(fields: dict[str, float], words: str) -> None:

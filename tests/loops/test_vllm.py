@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -25,6 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loops.shared.models import ModelConfig, build_policy
 from loops.shared.rollout import Completion, RolloutConfig, Sampling, build_engine
 from loops.shared.rollout import weight_transfer as transfer
+from loops.shared.rollout.masks import check_masks
+from loops.shared.rollout.sampling import bad_word_tokens
+from loops.shared.rollout.vllm_engine import Served
 from loops.shared.weights import iter_weights
 
 pytestmark = [
@@ -309,6 +314,8 @@ def test_what_does_not_fit_is_said_before_anything_is_sent(engine, prompts):
         draw(engine, [prompts[0], [7] * 1000], max_completion_length=25)
     with pytest.raises(ValueError, match="no tokens"):
         draw(engine, [prompts[0], []])
+    with pytest.raises(ValueError, match="stop_token_ids holds 320, and the model has 320 tokens"):
+        draw(engine, prompts, stop_token_ids=(320,))
     with pytest.raises(ValueError, match="vllm_max_num_seqs"):
         draw(engine, prompts, n=257)
 
@@ -339,6 +346,148 @@ def test_a_server_gives_what_the_engine_in_process_gives(server, engine, policy,
     for sampling in ({}, {"temperature": 0.0, "stop": ("1",)}, {"top_p": 0.8}):
         assert tokens(draw(server, prompts, **sampling)) == tokens(draw(engine, prompts, **sampling))
         assert mismatch(policy, prompts, draw(server, prompts, **sampling)) <= TOLERANCE
+
+
+def holds(completion: list[int], sequence: list[int]) -> bool:
+    size = len(sequence)
+    return any(completion[t : t + size] == sequence for t in range(len(completion) - size + 1))
+
+
+def test_bad_words_mean_the_same_in_all_engines(server, engine, policy, tokenizer, prompts):
+    """The words are what the policy says without them: of one token, and of three."""
+    embedded = build_engine(RolloutConfig(engine="transformers"), policy, tokenizer)
+    greedy = {"temperature": 0.0, "max_completion_length": 24}
+    words = ("<answer>", "616", "===")
+    sequences = bad_word_tokens(words, tokenizer)
+    free = draw(embedded, prompts, n=1, **greedy)
+    held = [sequence for sequence in sequences if any(holds(c.token_ids, sequence) for (c,) in free)]
+    assert [len(sequence) for sequence in held] == [1, 3, 3]
+    greedy = [draw(one, prompts, n=2, bad_words=words, **greedy) for one in (embedded, engine, server)]
+    assert tokens(greedy[0]) == tokens(greedy[1]) == tokens(greedy[2])
+    sampled = [draw(one, prompts, n=8, max_completion_length=24, bad_words=words) for one in (embedded, engine, server)]
+    assert tokens(sampled[1]) == tokens(sampled[2])
+    for groups in (*greedy, *sampled):
+        assert mismatch(policy, prompts, groups) <= TOLERANCE
+        assert not any(holds(c.token_ids, sequence) for group in groups for c in group for sequence in sequences)
+
+
+def test_bad_words_are_tokenized_as_vllm_does():
+    """By a vocabulary with words, with and without the space before them, and by the quickstart's, which has none."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from vllm import SamplingParams
+    from vllm.tokenizers.hf import get_cached_tokenizer
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator([LONG, "numbers,Add,one"] * 3, trainer)
+    words = ("numbers", " after", "Add", "other. Add", "xyz", "one\n", "  these numbers")
+    lengths = set()
+    for tokenizer in (PreTrainedTokenizerFast(tokenizer_object=raw), AutoTokenizer.from_pretrained(MODEL)):
+        for word in words:
+            asked = SamplingParams(bad_words=[word])
+            asked.update_from_tokenizer(get_cached_tokenizer(tokenizer))
+            assert bad_word_tokens((word,), tokenizer) == asked.bad_words_token_ids
+            lengths.add(len(asked.bad_words_token_ids))
+    assert lengths == {1, 2}
+
+
+def test_completions_match_a_regular_expression_and_are_scored_over_the_whole_vocabulary(
+    server, engine, policy, prompts
+):
+    regex = r"(yes|no|maybe), [0-9]{1,3}(\.5)?"
+    for sampling in ({}, {"temperature": 0.0}, {"top_k": 2}, {"max_completion_length": 3}):
+        groups = draw(engine, prompts, n=4, structured_outputs_regex=regex, **sampling)
+        assert tokens(draw(server, prompts, n=4, structured_outputs_regex=regex, **sampling)) == tokens(groups)
+        assert mismatch(policy, prompts, groups) <= TOLERANCE
+        for completion in sum(groups, []):
+            if "max_completion_length" in sampling:
+                assert any(start.startswith(completion.text) for start in ("yes, ", "no, ", "maybe, "))
+                assert completion.finish_reason == "length"
+            else:
+                assert re.fullmatch(regex, completion.text) and completion.finish_reason == "stop"
+    assert mismatch(policy, prompts, draw(engine, prompts)) <= TOLERANCE  # and nothing of it stays
+
+
+def test_completions_follow_a_json_schema(server, engine, policy, tokenizer, prompts):
+    """Those of a policy that has learned another answer, which the schema does not allow."""
+    import jsonschema
+
+    schema = {
+        "type": "object",
+        "properties": {"sure": {"type": "boolean"}, "digits": {"type": "array", "items": {"enum": [1, 2, 3]}}},
+        "required": ["sure", "digits"],
+        "additionalProperties": False,
+    }
+    answer = tokenizer('{"sure": "maybe", "digits": [7, 8]}')["input_ids"] + [tokenizer.eos_token_id]
+    learned = copy.deepcopy(policy)
+    optimizer = torch.optim.Adam(learned.parameters(), lr=2e-3)
+    for step in range(45):
+        row = torch.tensor([prompts[step % 3] + answer])
+        learned(input_ids=row, labels=row).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for one in (engine, server):
+        one.sync(learned)
+        asked = dict(n=8, max_completion_length=80)
+        groups = draw(one, prompts[:3], structured_outputs_json=schema, **asked)
+        assert mismatch(learned, prompts[:3], groups) <= TOLERANCE
+        ended = [c.text for group in groups for c in group if c.finish_reason == "stop"]
+        assert len(ended) >= 12
+        for text in ended:
+            jsonschema.validate(json.loads(text), schema)
+        free = [c.text for group in draw(one, prompts[:3], **asked) for c in group]
+        assert sum('"maybe"' in text or "7" in text for text in free) > 12
+        one.sync(policy)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"structured_outputs_regex": "(yes"},
+        {"structured_outputs_regex": "(?=a)b"},
+        {"structured_outputs_json": {"type": "integer", "multipleOf": 3}},
+        {"structured_outputs_json": {"type": "whole number"}},
+        {"structured_outputs_json": {"$ref": "#/$defs/missing"}},
+        {"bad_words": tuple(f"a{number}" for number in range(129))},
+        {"bad_words": ("a" * 1025,)},
+    ],
+)
+def test_masks_that_vllm_does_not_take_are_refused_before_anything_is_sent(
+    server, engine, policy, tokenizer, prompts, sampling
+):
+    """At once, where the engine is built, and where it samples; both still sample then."""
+    key, value = next(iter(sampling.items()))
+    for one in (engine, server):
+        with pytest.raises(ValueError, match=key):
+            draw(one, prompts, **sampling)
+        draw(one, prompts[:1], n=1, max_completion_length=2)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=key):
+        build_engine(
+            small(engine="vllm", **{key: list(value) if isinstance(value, tuple) else value}), policy, tokenizer
+        )
+    assert time.monotonic() - began < 2
+
+
+def test_masks_need_an_engine_that_was_built_for_temperature_1(tokenizer, policy):
+    served = Served(small(engine="vllm", temperature=0.7), policy, tokenizer, None)
+    for mask in ({"bad_words": ("a",)}, {"structured_outputs_regex": "a"}):
+        with pytest.raises(ValueError, match=f"{next(iter(mask))} is set.*temperature 0.7"):
+            served.check([[1]], 1, Sampling(temperature=0.0, **mask), [0], 1024)
+
+
+def test_structured_outputs_on_a_gpu_ask_for_the_model_runner_that_scores_first(tokenizer, monkeypatch):
+    import vllm.envs
+
+    asked = Sampling(structured_outputs_regex="a")
+    with pytest.raises(ValueError, match="structured_outputs_regex on a GPU.*VLLM_USE_V2_MODEL_RUNNER=0"):
+        check_masks(asked, tokenizer, device="cuda")
+    monkeypatch.setattr(vllm.envs, "VLLM_USE_V2_MODEL_RUNNER", False)
+    check_masks(asked, tokenizer, device="cuda")
 
 
 def test_groups_arrive_one_by_one_and_each_once(server, prompts):

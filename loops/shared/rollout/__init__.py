@@ -7,7 +7,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from loops.shared.rollout.contract import Completion, Engine, RolloutConfig, Sampling, SyncReport
+from loops.shared.rollout.contract import (
+    Completion,
+    Engine,
+    RolloutConfig,
+    Sampling,
+    SyncReport,
+    check_transformers_sampling,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +41,7 @@ def build_engine(
         autocast: makes the context of the trainer's forwards (mixed precision); None is none.
 
     Raises:
-        ValueError: vLLM is not installed, or cannot serve the model as configured.
+        ValueError: vLLM is not installed or cannot serve the model as configured, or the engine cannot sample as asked.
     """
     engine = config.engine
     if engine == "auto":
@@ -45,6 +52,7 @@ def build_engine(
     if engine == "transformers":
         from loops.shared.rollout.transformers_engine import TransformersEngine
 
+        check_transformers_sampling(config.sampling())
         return TransformersEngine(
             model,
             tokenizer,

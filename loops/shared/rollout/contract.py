@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -17,6 +17,7 @@ ENGINES = ("auto", "transformers", "vllm", "vllm-server")
 WEIGHT_SYNCS = ("auto", "full", "adapter")
 WEIGHT_TRANSFERS = ("auto", "gloo", "nccl", "ipc", "file")
 VLLM_DTYPES = ("auto", "float32", "bfloat16", "float16")
+STRUCTURED = ("structured_outputs_regex", "structured_outputs_json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,13 @@ class Sampling:
     """Strings that end a completion with the token that completes them; they stay in it."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, besides the model's and the tokenizer's own."""
+    bad_words: tuple[str, ...] = ()
+    """Strings whose last token is never drawn after the ones before it. They are tokenized as vLLM does: by themselves,
+    and after a space where that has another first token and as many of them. Other tokens may spell them too."""
+    structured_outputs_regex: str | None = None
+    """Regular expression that a completion matches from its first to its last character, if it ends by itself."""
+    structured_outputs_json: dict[str, Any] | None = None
+    """JSON schema that a completion follows, if it ends by itself."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -57,20 +65,74 @@ class Sampling:
             raise ValueError("stop holds an empty string, which every completion contains: remove it.")
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError(f"stop_token_ids is {list(self.stop_token_ids)}: token ids are 0 or above.")
+        for word in self.bad_words:
+            if not word.strip():
+                raise ValueError(f"bad_words holds {word!r}, which is blank: remove it.")
+        structured = [key for key in STRUCTURED if getattr(self, key) is not None]
+        if any(not getattr(self, key) for key in structured):
+            raise ValueError(f"{structured[0]} is empty: leave it out, or say what completions have to be.")
+        if len(structured) > 1:
+            raise ValueError(f"{structured[0]} and {structured[1]} are both set: keep one of them.")
+        if structured and self.bad_words:
+            raise ValueError(
+                f"bad_words and {structured[0]} together can leave no token to draw: keep one of them, and let it say "
+                "everything."
+            )
+
+    @property
+    def restrictions(self) -> list[str]:
+        """Names of the options in force that keep tokens of the policy from being drawn."""
+        keys = ("top_p", "top_k", "min_p", "bad_words", *STRUCTURED)
+        return [key for key in keys if getattr(self, key) != getattr(Sampling, key)]
+
+    @property
+    def masks(self) -> list[str]:
+        """Those of them that hold for greedy sampling too."""
+        return [key for key in self.restrictions if key not in ("top_p", "top_k", "min_p")]
+
+
+def check_call(
+    prompts: list[list[int]], n: int, sampling: Sampling, prompt_numbers: list[int], *, tokenizer: Any, vocabulary: int
+) -> None:
+    """Raise ValueError for arguments of `Engine.sample` that no engine can do; the model has `vocabulary` tokens."""
+    if len(prompts) != len(prompt_numbers):
+        raise ValueError(f"there are {len(prompts)} prompts and {len(prompt_numbers)} prompt_numbers: give one each.")
+    if n < 1:
+        raise ValueError(f"n is {n}: ask for 1 or more completions per prompt.")
+    for place, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {place} (number {prompt_numbers[place]}) has no tokens: leave it out.")
+    for token in sampling.stop_token_ids:
+        if token >= vocabulary:
+            raise ValueError(f"stop_token_ids holds {token}, and the model has {vocabulary} tokens: correct it.")
+    if sampling.stop and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer: give the engine one, or use stop_token_ids.")
+    if sampling.masks and tokenizer is None:
+        raise ValueError(f"{sampling.masks[0]} needs a tokenizer: give the engine one, or leave it out.")
+
+
+def check_transformers_sampling(sampling: Sampling) -> None:
+    """Raise ValueError for what the embedded engine does not do."""
+    for key in sampling.masks:
+        if key in STRUCTURED:
+            raise ValueError(
+                f"{key} is set, which the transformers engine does not do: set engine to vllm, or drop it."
+            )
 
 
 def check_vllm_sampling(sampling: Sampling) -> None:
     """Raise ValueError for what vLLM cannot sample, or not score, as the contract says.
 
     It reports log-probabilities either before everything that shapes the distribution, so at temperature 1, or after
-    all of it, so renormalised over the tokens that a truncation left: exact are truncations at temperature 1, and other
-    temperatures without truncation. It drops tokens below `min_p` first of all, and so has another nucleus.
+    all of it, so renormalised over the tokens that are left: exact are restrictions at temperature 1, and other
+    temperatures without restriction. It drops tokens below `min_p` first of all, and so has another nucleus.
     """
-    truncations = [key for key in ("top_p", "top_k", "min_p") if getattr(sampling, key) != (1 if key == "top_p" else 0)]
-    if truncations and sampling.temperature not in (0, 1):
+    restrictions = sampling.restrictions
+    if restrictions and sampling.temperature not in (0, 1):
+        way_out = "" if restrictions[-1] in STRUCTURED else ", or set engine to transformers"
         raise ValueError(
-            f"temperature is {sampling.temperature} and {truncations[0]} {getattr(sampling, truncations[0])}: vLLM has "
-            "no log-probabilities over the whole vocabulary for both; drop one, or set engine to transformers."
+            f"temperature is {sampling.temperature} and {restrictions[0]} {getattr(sampling, restrictions[0])}: vLLM "
+            f"has no log-probabilities over the whole vocabulary for both; drop one{way_out}."
         )
     if sampling.min_p and sampling.top_p < 1:
         raise ValueError(
@@ -80,6 +142,8 @@ def check_vllm_sampling(sampling: Sampling) -> None:
         raise ValueError(
             f"temperature is {sampling.temperature}, which vLLM raises to 0.01: set it to 0.01 or above, or 0 (greedy)."
         )
+    if sampling.temperature > 2:
+        raise ValueError(f"temperature is {sampling.temperature}, and vLLM takes at most 2: set it to 2 or below.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +169,12 @@ class RolloutConfig:
     """Strings that end a completion (they stay in it)."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Token ids that end a completion, besides the model's own stop tokens."""
+    bad_words: list[str] = field(default_factory=list)
+    """Words that are not sampled: the last token of each never follows the ones before it."""
+    structured_outputs_regex: str | None = None
+    """Regular expression that whole completions match (vLLM engines)."""
+    structured_outputs_json: dict[str, Any] | None = None
+    """JSON schema that completions follow (vLLM engines)."""
     max_decode_batch: int = 0
     """Completions decoded together by the transformers engine, to bound the memory of keys and values; 0 is all."""
     prefill_token_budget: int = 16384
@@ -175,7 +245,9 @@ class RolloutConfig:
             raise ValueError(f"max_decode_batch is {self.max_decode_batch}: set it to 0 (all) or above.")
         if self.prefill_token_budget < 1:
             raise ValueError(f"prefill_token_budget is {self.prefill_token_budget}: set it to 1 or more tokens.")
-        self.sampling()
+        sampling = self.sampling()
+        if self.engine == "transformers":
+            check_transformers_sampling(sampling)
 
     def _check_vllm(self) -> None:
         for key, allowed in (
@@ -233,6 +305,9 @@ class RolloutConfig:
             max_completion_length=self.max_completion_length,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
+            bad_words=tuple(self.bad_words),
+            structured_outputs_regex=self.structured_outputs_regex,
+            structured_outputs_json=self.structured_outputs_json,
         )
 
 
@@ -244,7 +319,8 @@ class Completion:
     """Sampled tokens; the stop token is the last one when the model stopped by itself, a truncated one has none."""
     logprobs: list[float]
     """log softmax(logits / temperature) of each sampled token in at least fp32, over the whole vocabulary: without
-    top-p, top-k, min-p, so that it is what the trainer scores. Greedy sampling reports temperature 1."""
+    top-p, top-k, min-p, bad words and structured outputs, so that it is what the trainer scores. Greedy sampling
+    reports temperature 1."""
     finish_reason: Literal["stop", "length"]
     """`stop`: a stop token or stop string came; `length`: cut at `max_completion_length`."""
     text: str

@@ -1,9 +1,11 @@
-"""Drawing tokens: noise that belongs to a place in a completion, and inverse-CDF sampling.
+"""Drawing tokens: noise that belongs to a place in a completion, inverse-CDF sampling, and bad words.
 
-Shapes: R sequences, V vocabulary, K tokens kept by a truncation.
+Shapes: R sequences, V vocabulary, K tokens kept by a truncation, T tokens sampled so far, W bad words of S tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -68,26 +70,73 @@ def _shift_right(state: torch.Tensor, places: int) -> torch.Tensor:
     return (state >> places) & ((1 << (64 - places)) - 1)
 
 
-def choose_tokens(logits: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def bad_word_tokens(words: tuple[str, ...], tokenizer: Any) -> list[list[int]]:
+    """The token ids that must not come one after the other, by vLLM's rule (`SamplingParams.update_from_tokenizer`):
+    those of each word, and those of the word after a space, if their first is another one and they are as many.
+
+    Raises:
+        ValueError: a word has no tokens.
+    """
+    sequences = []
+    for word in words:
+        texts = word.lstrip(), " " + word.lstrip()
+        alone, after_space = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+        if not alone:
+            raise ValueError(f"bad_words holds {word!r}, which has no tokens: remove it.")
+        sequences.append(alone)
+        if len(after_space) == len(alone) and after_space[0] != alone[0]:
+            sequences.append(after_space)
+    return sequences
+
+
+def bad_word_table(sequences: list[list[int]], device: torch.device) -> torch.Tensor | None:
+    """[W, S] int64 of `bad_word_tokens`, shorter ones filled with -1 in front; None of none."""
+    longest = max(map(len, sequences), default=0)
+    rows = [[-1] * (longest - len(sequence)) + sequence for sequence in sequences]
+    return torch.tensor(rows, device=device) if rows else None
+
+
+def banned_tokens(words: torch.Tensor, completions: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Which tokens would complete a bad word.
+
+    Args:
+        words: [W, S] int64, from `bad_word_table`.
+        completions: [R, T] int64, the tokens sampled so far; a bad word does not begin in the prompt.
+        vocabulary: V.
+
+    Returns:
+        [R, V] bool.
+    """
+    before, last = words[:, :-1], words[:, -1]
+    recent = torch.nn.functional.pad(completions, (before.shape[1], 0), value=-1)  # no token before the first
+    recent = recent[:, recent.shape[1] - before.shape[1] :]
+    completes = ((recent[:, None] == before) | (before == -1)).all(-1) & (last < vocabulary)  # [R, W]
+    banned = torch.zeros(len(completions), vocabulary, dtype=torch.int, device=words.device)
+    return banned.scatter_add_(-1, last.clamp(max=vocabulary - 1).expand_as(completes), completes.int()) > 0
+
+
+def choose_tokens(
+    logits: torch.Tensor, noise: torch.Tensor, sampling: Sampling, banned: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token per sequence.
 
     Args:
         logits: [R, V].
         noise: [R] float64 in (0, 1); not read when greedy.
         sampling: temperature and truncations.
+        banned: [R, V] bool, tokens that cannot be drawn; truncations go by what is left.
 
     Returns:
-        tokens [R] int64, and their log-probabilities [R] under the untruncated softmax(logits / temperature)
+        tokens [R] int64, and their log-probabilities [R] under the unrestricted softmax(logits / temperature)
         (temperature 1 when greedy), in fp32 (fp64 for fp64 logits).
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
-    # The log of a probability is as exact as log-softmax where the probability is one that gets drawn, and one pass
-    # over the vocabulary does for both.
-    probabilities = torch.softmax(logits, -1)
+    left = logits if banned is None else logits.masked_fill(banned, -torch.inf)
+    probabilities = torch.softmax(left, -1)
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
+        tokens = left.argmax(-1, keepdim=True)
     elif sampling.top_k or sampling.top_p < 1:
         weights, candidates = _most_likely(probabilities, sampling.top_k, sampling.top_p)  # [R, K] each
         weights = weights * (weights >= sampling.min_p * weights[:, :1])
@@ -97,6 +146,10 @@ def choose_tokens(logits: torch.Tensor, noise: torch.Tensor, sampling: Sampling)
         tokens = _inverse_cdf(probabilities * allowed, noise)
     else:
         tokens = _inverse_cdf(probabilities, noise)
+    if banned is not None:  # what is drawn may have had next to no probability
+        return tokens[:, 0], logits.log_softmax(-1).gather(-1, tokens)[:, 0]
+    # The log of a probability is as exact as log-softmax where the probability is one that gets drawn, and one pass
+    # over the vocabulary does for both.
     return tokens[:, 0], probabilities.gather(-1, tokens).log()[:, 0]
 
 

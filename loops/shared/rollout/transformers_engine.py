@@ -19,8 +19,15 @@ from peft import PeftModel
 from transformers import Cache
 
 from loops.shared.rollout.cache import PromptCache
-from loops.shared.rollout.contract import Completion, Sampling, SyncReport
-from loops.shared.rollout.sampling import choose_tokens, noise_keys, uniform_noise
+from loops.shared.rollout.contract import Completion, Sampling, SyncReport, check_call, check_transformers_sampling
+from loops.shared.rollout.sampling import (
+    bad_word_table,
+    bad_word_tokens,
+    banned_tokens,
+    choose_tokens,
+    noise_keys,
+    uniform_noise,
+)
 from loops.shared.sharding import gathered
 
 # Columns of keys and values, and of noise, made ahead of need.
@@ -69,6 +76,7 @@ class TransformersEngine:
                 "elsewhere than in past_key_values; choose another model_id, or set eval_reward: null in SFT and DPO."
             )
         self._own_stop_token_ids = _own_stop_token_ids(causal_model, tokenizer)
+        self._vocabulary = causal_model.config.get_text_config().vocab_size
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Counts a new version: the policy that trains is the one that samples.
@@ -104,11 +112,12 @@ class TransformersEngine:
         """Samples n completions of each prompt; see `contract.Engine.sample`. They end together: no use of `arrived`.
 
         Raises:
-            ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, or stop strings without a
-                tokenizer.
+            ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, a stop token that the model does
+                not have, stop strings or bad words without a tokenizer, or structured outputs, which only vLLM has.
             RuntimeError: the policy's log-probabilities are not finite.
         """
-        self._check(prompts, n, sampling, prompt_numbers)
+        check_transformers_sampling(sampling)
+        check_call(prompts, n, sampling, prompt_numbers, tokenizer=self._tokenizer, vocabulary=self._vocabulary)
         with gathered(self._model):  # all processes, those without prompts too
             return self._sample(prompts, n, sampling, seed, prompt_numbers) if prompts else []
 
@@ -136,19 +145,6 @@ class TransformersEngine:
                 decoded = self._decode(*prefilled, owners[part], keys[part], sampling)
                 completions.update(zip(places[part], decoded, strict=True))
         return [[completions[place, number] for number in range(n)] for place in range(len(prompts))]
-
-    def _check(self, prompts: list[list[int]], n: int, sampling: Sampling, prompt_numbers: list[int]) -> None:
-        if len(prompts) != len(prompt_numbers):
-            raise ValueError(
-                f"there are {len(prompts)} prompts and {len(prompt_numbers)} prompt_numbers: give one each."
-            )
-        if n < 1:
-            raise ValueError(f"n is {n}: ask for 1 or more completions per prompt.")
-        for place, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {place} (number {prompt_numbers[place]}) has no tokens: leave it out.")
-        if sampling.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give the engine one, or use stop_token_ids.")
 
     def _prefill(
         self, prompts: list[list[int]], device: torch.device
@@ -205,6 +201,7 @@ class TransformersEngine:
         stops = torch.tensor(
             sorted({*self._own_stop_token_ids, *sampling.stop_token_ids}), dtype=torch.long, device=device
         )
+        words = bad_word_table(bad_word_tokens(sampling.bad_words, self._tokenizer), device)
         lengths = prompt_lengths[owners]  # [R]
         width = int((lengths if prompt_cache.plain else prompt_lengths).max())
         cache = prompt_cache.expanded(owners, width, min(limit, _ROOM))
@@ -220,7 +217,8 @@ class TransformersEngine:
         for step in range(limit):
             if step % _ROOM == 0:
                 noise = uniform_noise(keys[live], step, _ROOM)  # [live, _ROOM]
-            chosen, chosen_logprobs = choose_tokens(logits, noise[:, step % _ROOM], sampling)  # [live]
+            banned = None if words is None else banned_tokens(words, tokens[live, :step], logits.shape[-1])
+            chosen, chosen_logprobs = choose_tokens(logits, noise[:, step % _ROOM], sampling, banned)  # [live]
             tokens[live, step] = chosen
             logprobs[live, step] = chosen_logprobs.double()
             length = step + 1

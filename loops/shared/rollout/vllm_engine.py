@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 
-from loops.shared.rollout.contract import Arrived, Completion, RolloutConfig, Sampling, SyncReport, check_vllm_sampling
+from loops.shared.rollout.contract import (
+    Arrived,
+    Completion,
+    RolloutConfig,
+    Sampling,
+    SyncReport,
+    check_call,
+    check_vllm_sampling,
+)
+from loops.shared.rollout.masks import check_masks, structured_outputs
 from loops.shared.rollout.sampling import noise_keys
 from loops.shared.rollout.transformers_engine import _own_stop_token_ids
 from loops.shared.rollout.weight_transfer import (
@@ -58,7 +67,7 @@ class Served:
         """Writes the policy's config and the tokenizer into a folder of its own, for vLLM to start from.
 
         Raises:
-            ValueError: weight_sync is `adapter` and vLLM cannot serve the policy's.
+            ValueError: weight_sync is `adapter` and vLLM cannot serve the policy's, or it cannot sample as asked.
         """
         from peft import PeftModel
 
@@ -74,8 +83,9 @@ class Served:
         self.lora_rank = 0
         if self.adapter:
             self.lora_rank = next(rank for rank in LORA_RANKS if rank >= policy.peft_config["default"].r)  # type: ignore[operator,union-attr]
-        self.stop_token_ids = _own_stop_token_ids(model, tokenizer)
         self.vocabulary = model.config.get_text_config().vocab_size
+        self.stop_token_ids = {token for token in _own_stop_token_ids(model, tokenizer) if token < self.vocabulary}
+        self.check([], 1, config.sampling(), [], 0)
 
         self.folder = Path(tempfile.mkdtemp(prefix="plumbline-"))
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
@@ -125,26 +135,22 @@ class Served:
         self, prompts: list[list[int]], n: int, sampling: Sampling, prompt_numbers: list[int], max_model_len: int
     ) -> None:
         """Raise ValueError for what would fail on the way, before anything is sent."""
+        check_call(prompts, n, sampling, prompt_numbers, tokenizer=self.tokenizer, vocabulary=self.vocabulary)
         check_vllm_sampling(sampling)
+        check_masks(sampling, self.tokenizer, device=self.device)
         if (sampling.temperature == 1) != (self.config.temperature == 1) and sampling.temperature != 0:
             raise ValueError(
                 f"temperature is {sampling.temperature}, but the engine was built for {self.config.temperature}: vLLM "
                 "reports log-probabilities for temperature 1 or for others, as it was started."
             )
-        if len(prompts) != len(prompt_numbers):
+        if sampling.masks and self.config.temperature != 1:
             raise ValueError(
-                f"there are {len(prompts)} prompts and {len(prompt_numbers)} prompt_numbers: give one each."
+                f"{sampling.masks[0]} is set, but the engine was built for temperature {self.config.temperature}: vLLM "
+                "has log-probabilities over the whole vocabulary where it was started for temperature 1."
             )
-        if not 1 <= n <= self.config.vllm_max_num_seqs:
-            raise ValueError(
-                f"n is {n}: ask for 1 or more completions per prompt, and at most vllm_max_num_seqs = "
-                f"{self.config.vllm_max_num_seqs}."
-            )
-        if sampling.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give the engine one, or use stop_token_ids.")
+        if n > self.config.vllm_max_num_seqs:
+            raise ValueError(f"n is {n}: ask for at most vllm_max_num_seqs = {self.config.vllm_max_num_seqs}.")
         for place, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {place} (number {prompt_numbers[place]}) has no tokens: leave it out.")
             if len(prompt) + sampling.max_completion_length > max_model_len:
                 raise ValueError(
                     f"prompt {place} (number {prompt_numbers[place]}) has {len(prompt)} tokens, and with "
@@ -170,6 +176,10 @@ class Served:
         }
         if sampling.stop:
             parameters |= {"stop": list(sampling.stop), "include_stop_str_in_output": True}
+        if sampling.bad_words:
+            parameters["bad_words"] = list(sampling.bad_words)
+        if structured_outputs(sampling):
+            parameters["structured_outputs"] = structured_outputs(sampling)
         if sampling.temperature > 0:
             parameters |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
         return parameters
@@ -398,10 +408,14 @@ class VllmEngine:
 
     def _generate(self, asked: list[tuple[list[int], int]], n: int, sampling: Sampling, seed: int) -> list[list[Any]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         parameters = [
             SamplingParams(**self._served.sampling_parameters(sampling, n, seed, number)) for _, number in asked
         ]
+        for one in parameters:
+            if one.structured_outputs:  # a dict so far, as it goes over HTTP
+                one.structured_outputs = StructuredOutputsParams(**one.structured_outputs)
         try:
             with _eager():
                 outputs = self._llm.generate(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from loops.shared.models import ADAPTER, reshard
+from loops.shared.rollout.masks import score_before_masking
 from loops.shared.weights import iter_weights
 
 Bucket = list[tuple[str, Tensor]]
@@ -349,6 +350,7 @@ def _worker_engines() -> dict[str, type]:
 
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
+            score_before_masking()
             if self.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
                 # Else the first bf16 forward of at most 4 tokens dies: vLLM has not asked for the tiles by then.
                 torch.cpu._init_amx()

@@ -1,4 +1,4 @@
-"""SFT with `packing_strategy: bfd` against `step`, A B A B: one epoch of the same rows at the same token budget.
+"""SFT with `packing_strategy: best_fit` against `step`, A B A B: one epoch of the same rows, the same token budget.
 
     python benchmarks/packing.py                                 # 500 GSM8K rows, the 30M shape, two cores
 
@@ -51,6 +51,7 @@ def run(strategy: str, rows_per_step: int, model: Path, rows: str, options, fold
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategy", choices=["best_fit", "bfd"], default="best_fit")
     parser.add_argument("--count", type=int, default=500, help="rows")
     parser.add_argument("--max_tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--micro_batches", type=int, default=2, help="full ones a step")
@@ -65,7 +66,7 @@ def main() -> None:
     rows = evenly(rows, options.count)
     lengths = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in rows]  # and a stop token
     bins = len(best_fit(lengths, options.max_tokens))
-    sizes = {"step": round(options.micro_batches * len(rows) / bins), "bfd": options.micro_batches}
+    sizes = {options.strategy: options.micro_batches, "step": round(options.micro_batches * len(rows) / bins)}
     sides: dict[str, list[dict[str, float]]] = {name: [] for name in sizes}
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary, "model")
@@ -76,13 +77,13 @@ def main() -> None:
                 result = run(name, size, model, file, options, Path(temporary, f"{name}-{pair}"))
                 sides[name].append(result)
                 print(f"{name}, pair {pair + 1}: {result}", flush=True)
-    print("\n| | bfd | step | bfd / step | in each pair |\n| --- | --- | --- | --- | --- |")
+    print(f"\n| | {options.strategy} | step | ratio | in each pair |\n| --- | --- | --- | --- | --- |")
     for label, value in (
         ("seconds per 1,000 trained tokens", lambda r: 1000 * r["time/step"] / r["tokens/loss"]),
         ("steps of the epoch", lambda r: r["steps"]),
         ("peak memory, GiB", lambda r: r["peak"] / 2**30),
     ):
-        ours, theirs = ([value(r) for r in sides[name]] for name in ("bfd", "step"))
+        ours, theirs = ([value(r) for r in sides[name]] for name in sizes)
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         shown = " ".join(f"{ratio:.3f}" for ratio in ratios)
         print(f"| {label} | {median(ours):.4g} | {median(theirs):.4g} | **{median(ratios):.3f}** | {shown} |")

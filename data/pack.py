@@ -29,7 +29,7 @@ class BatchConfig:
     """How many rows one optimizer step takes and how they are cut into micro-batches.
 
     A row is a sequence (SFT), a pair (DPO) or a completion (GRPO). The step's rows never depend on how they are cut,
-    unless they are drawn in bins (`packing_strategy: bfd`).
+    unless they are drawn in bins (`packing_strategy`).
     """
 
     per_device_train_batch_size: int = 8
@@ -44,9 +44,10 @@ class BatchConfig:
     packing: bool = True
     """Flat batches without padding, shared prompts computed once; false: the plain padded forward."""
     packing_strategy: str = "step"
-    """`step`: rows are drawn by seed, and fill micro-batches within their step. `bfd` (SFT): best-fit decreasing over
-    the whole data set makes bins of max_tokens_per_batch once; bins are drawn, and each is one micro-batch, so
-    per_device_train_batch_size means nothing and train_batch_size counts bins."""
+    """`step`: rows are drawn by seed, and fill micro-batches within their step. `best_fit`, `bfd` (SFT): all rows are
+    put once into bins of max_tokens_per_batch, in an order drawn by seed or longest first; bins are drawn, and each is
+    one micro-batch, so per_device_train_batch_size means nothing and train_batch_size counts bins. `bfd` needs up to
+    3 % fewer bins, but rows of like length meet, so steps of few bins differ much."""
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -55,34 +56,39 @@ class BatchConfig:
         for name in ("train_batch_size", "max_tokens_per_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 (off) or more.")
-        if self.packing_strategy not in ("step", "bfd"):
-            raise ValueError(f"packing_strategy is {self.packing_strategy!r}; give step or bfd.")
-        if self.packing_strategy == "bfd" and not (self.packing and self.max_tokens_per_batch):
+        if self.packing_strategy not in ("step", "best_fit", "bfd"):
+            raise ValueError(f"packing_strategy is {self.packing_strategy!r}; give step, best_fit or bfd.")
+        if self.in_bins and not (self.packing and self.max_tokens_per_batch):
             raise ValueError(
-                "packing_strategy: bfd fills packed batches of max_tokens_per_batch tokens; set packing: true and "
-                "max_tokens_per_batch above 0, or packing_strategy: step."
+                f"packing_strategy: {self.packing_strategy} fills packed batches of max_tokens_per_batch tokens; set "
+                "packing: true and max_tokens_per_batch above 0, or packing_strategy: step."
             )
         if self.max_tokens_per_batch and not self.packing:
             raise ValueError("max_tokens_per_batch counts the tokens of packed batches; set packing: true, or 0 here.")
 
+    @property
+    def in_bins(self) -> bool:
+        """Whether steps draw bins of rows, not rows."""
+        return self.packing_strategy != "step"
+
     def rows_per_step(self, num_processes: int) -> int:
-        """Rows (`bfd`: bins) of one optimizer step over all processes.
+        """Rows (or bins) of one optimizer step over all processes.
 
         Raises ValueError where bins cannot be shared equally, so that some process would always run an empty batch.
         """
-        together = self.packing_strategy == "bfd"
-        if together and self.train_batch_size % num_processes:
+        if self.in_bins and self.train_batch_size % num_processes:
             raise ValueError(
-                f"train_batch_size is {self.train_batch_size} and counts bins with packing_strategy: bfd; give a "
-                f"multiple of the {num_processes} processes, or 0."
+                f"train_batch_size is {self.train_batch_size} and counts bins with packing_strategy: "
+                f"{self.packing_strategy}; give a multiple of the {num_processes} processes, or 0."
             )
-        per_batch = 1 if together else self.per_device_train_batch_size
+        per_batch = 1 if self.in_bins else self.per_device_train_batch_size
         return self.train_batch_size or per_batch * self.gradient_accumulation_steps * num_processes
 
     def refuse_bins(self) -> None:
-        """Raise ValueError for `packing_strategy: bfd`, in loops whose rows are more than one sequence."""
-        if self.packing_strategy == "bfd":
-            raise ValueError("packing_strategy: bfd is for SFT, whose rows are single sequences; leave it at step.")
+        """Raise ValueError where bins are asked for, in loops whose rows are more than one sequence."""
+        if self.in_bins:
+            strategy = self.packing_strategy
+            raise ValueError(f"packing_strategy: {strategy} is for SFT, whose rows are single sequences; give step.")
 
 
 class Segment(NamedTuple):
@@ -287,14 +293,17 @@ def cut_microbatches(
     return cuts
 
 
-def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Rows in as few bins of `max_tokens` as best-fit decreasing finds: longest first, each into the fullest bin that
-    still has room (the first of them). A longer row stands alone. A million rows take seconds: bins with the same room
-    wait together, so what is searched has at most `max_tokens` entries."""
+def best_fit(lengths: Sequence[int], max_tokens: int, order: Iterable[int] | None = None) -> list[list[int]]:
+    """Rows in few bins of `max_tokens`: each goes into the fullest bin that still has room (the first of them), or
+    opens one. A longer row stands alone. A million rows take seconds: bins with the same room wait together, so what
+    is searched has at most `max_tokens` entries.
+
+    order: in which rows come; default: longest first, best-fit decreasing.
+    """
     bins: list[list[int]] = []
     waiting: dict[int, list[int]] = defaultdict(list)  # free tokens -> heap of bins
     rooms: list[int] = []  # free tokens for which a bin waits, ascending
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True) if order is None else order:
         place = bisect.bisect_left(rooms, lengths[row])
         if place < len(rooms):
             free = rooms[place]
@@ -313,19 +322,22 @@ def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return bins
 
 
-def pack_rows(examples: Sequence[Example], config: BatchConfig) -> tuple[list[list[Example]], str]:
-    """The bins that steps draw, and in a few words how they came about: every example alone, or `bfd`.
+def pack_rows(examples: Sequence[Example], config: BatchConfig, *, seed: int) -> tuple[list[list[Example]], str]:
+    """The bins that steps draw, and in a few words how they came about; for `step`, every example alone.
 
-    Two bins of `bfd` never fit into one micro-batch, or the second had not been opened; so `cut_step`, given bins in
-    the place of rows, keeps each of them whole and alone.
+    Two bins never fit into one micro-batch, or the second had not been opened; so `cut_step`, given bins in the place
+    of rows, keeps each of them whole and alone.
     """
-    if config.packing_strategy == "step":
-        return [[example] for example in examples], "step"
+    if not config.in_bins:
+        return [[example] for example in examples], config.packing_strategy
     lengths, size = [len(example.input_ids) for example in examples], config.max_tokens_per_batch
-    bins = best_fit(lengths, size)
+    order = None
+    if config.packing_strategy == "best_fit":
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    bins = best_fit(lengths, size, order)
     filled = sum(min(sum(lengths[row] for row in rows), size) for rows in bins) / (len(bins) * size)
-    text = f"bfd, {len(lengths)} rows in {len(bins)} bins of {size} tokens, {100 * filled:.1f} % full"
-    return [[examples[row] for row in rows] for rows in bins], text
+    text = f"{config.packing_strategy}, {len(lengths)} rows in {len(bins)} bins of {size} tokens"
+    return [[examples[row] for row in rows] for rows in bins], f"{text}, {100 * filled:.1f} % full"
 
 
 def cut_step(

@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     run.say(parameter_line(policy))
     first = pack_examples([Example(e.input_ids[-64:], e.is_target[-64:]) for e in examples[:2]])  # ends of real rows
     packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
-    bins, packed = pack_rows(examples, config.batch)
+    bins, packed = pack_rows(examples, config.batch, seed=config.run.seed)
     run.say(f"packing_strategy: {packed}")
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(bins), rows_per_step)

@@ -27,6 +27,7 @@ from data.pack import (
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 BFD = {"packing_strategy": "bfd", "max_tokens_per_batch": 64}
+IN_BINS = pytest.mark.parametrize("strategy", ["best_fit", "bfd"])
 
 
 def test_a_group_keeps_its_prompt_once():
@@ -128,11 +129,12 @@ def drawn_lengths(count, low=1, high=100):
 
 
 @pytest.mark.parametrize(("count", "high", "size"), [(1, 9, 8), (300, 100, 64), (300, 20, 64), (500, 64, 1000)])
-def test_best_fit_is_what_its_definition_says(count, high, size):
+@pytest.mark.parametrize("decreasing", [True, False])
+def test_best_fit_is_what_its_definition_says(count, high, size, decreasing):
     """Bin by bin the same as the search through all of them that the definition asks for."""
     lengths = drawn_lengths(count, high=high)
     bins, used = [], []
-    for row in sorted(range(count), key=lambda i: (-lengths[i], i)):
+    for row in sorted(range(count), key=lambda i: (-lengths[i], i)) if decreasing else range(count):
         open_ = [number for number in range(len(bins)) if used[number] + lengths[row] <= size]
         number = max(open_, key=lambda n: (used[n], -n), default=len(bins))
         if number == len(bins):
@@ -140,7 +142,7 @@ def test_best_fit_is_what_its_definition_says(count, high, size):
             used.append(0)
         bins[number].append(row)
         used[number] += lengths[row]
-    assert best_fit(lengths, size) == bins
+    assert best_fit(lengths, size, None if decreasing else range(count)) == bins
 
 
 @pytest.mark.parametrize("kind", ["short", "long and short"])
@@ -156,24 +158,40 @@ def test_a_million_rows_are_packed_in_seconds(kind):
     assert sum(rows) / (2048 * len(bins)) > 0.999 if kind == "short" else len(bins) == 500_000
 
 
-def test_bins_hold_every_row_once_and_no_more_than_the_budget():
+@IN_BINS
+def test_bins_hold_every_row_once_and_no_more_than_the_budget(strategy):
     lengths = drawn_lengths(400)
-    bins, text = pack_rows(examples_of(lengths), BatchConfig(**BFD))
+    config = BatchConfig(packing_strategy=strategy, max_tokens_per_batch=64)
+    bins, text = pack_rows(examples_of(lengths), config, seed=1)
     assert sorted(e.number for rows in bins for e in rows) == list(range(400))
     sums = [sum(len(e.input_ids) for e in rows) for rows in bins]
     assert all(total <= 64 or len(rows) == 1 for total, rows in zip(sums, bins, strict=True))
     alone = [rows[0].number for rows in bins if len(rows[0].input_ids) > 64]
     assert sorted(alone) == [row for row, length in enumerate(lengths) if length > 64] and alone
     percent = 100 * sum(min(total, 64) for total in sums) / (64 * len(bins))
-    assert text == f"bfd, 400 rows in {len(bins)} bins of 64 tokens, {percent:.1f} % full"
-    assert pack_rows(examples_of([3, 4]), BatchConfig()) == ([[e] for e in examples_of([3, 4])], "step")
+    assert text == f"{strategy}, 400 rows in {len(bins)} bins of 64 tokens, {percent:.1f} % full"
+    assert pack_rows(examples_of(lengths), config, seed=1) == (bins, text)
+    assert (pack_rows(examples_of(lengths), config, seed=2)[0] == bins) == (strategy == "bfd")
+    assert pack_rows(examples_of([3, 4]), BatchConfig(), seed=1) == ([[e] for e in examples_of([3, 4])], "step")
 
 
+def test_best_fit_mixes_lengths_where_longest_first_does_not():
+    """300 rows of 40 tokens and 300 of 10, in bins of 400: longest first makes bins of one kind."""
+    short = {}
+    for strategy in ("best_fit", "bfd"):
+        config = BatchConfig(packing_strategy=strategy, max_tokens_per_batch=400)
+        bins, _ = pack_rows(examples_of([40] * 300 + [10] * 300), config, seed=0)
+        short[strategy] = [sum(len(e.input_ids) == 10 for e in rows) / len(rows) for rows in bins]
+    assert set(short["bfd"]) <= {0.0, 1.0}
+    assert sorted(short["best_fit"])[len(short["best_fit"]) // 4] > 0.3
+
+
+@IN_BINS
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_an_epoch_draws_every_bin_once_and_no_process_cuts_or_joins_them(processes):
+def test_an_epoch_draws_every_bin_once_and_no_process_cuts_or_joins_them(processes, strategy):
     """Micro-batches are bins, as many on every process; the last step takes what is left, with empty ones."""
-    config = BatchConfig(**BFD, gradient_accumulation_steps=2)
-    bins, _ = pack_rows(examples_of(drawn_lengths(197, high=80)), config)
+    config = BatchConfig(packing_strategy=strategy, max_tokens_per_batch=64, gradient_accumulation_steps=2)
+    bins, _ = pack_rows(examples_of(drawn_lengths(197, high=80)), config, seed=1)
     per_step = config.rows_per_step(processes)
     steps = steps_per_epoch(len(bins), per_step)
     assert per_step == 2 * processes and len(bins) % per_step % 2  # a shorter last step, of an odd number
@@ -198,14 +216,14 @@ def test_an_epoch_draws_every_bin_once_and_no_process_cuts_or_joins_them(process
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize("size", [1024, 2048, 4096])
 def test_real_rows_fill_their_bins(size):
-    """1,000 rows of GSM8K: 97 % full and more, and fewer bins than taking rows as they come needs."""
+    """1,000 rows of GSM8K: 97 % full and more, and fewer bins than taking rows as they come needs, in any order."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/smollm2-135m-instruct")
     rows = [json.loads(line) for line in (SHARED / "data/gsm8k_train.jsonl").read_text().splitlines()]
     lengths = [len(ids) for ids in tokenizer([f"{row['question']}\n{row['answer']}" for row in rows])["input_ids"]]
-    bins = best_fit(lengths, size)
     next_fit = cut_microbatches(lengths, max_rows=len(lengths), max_tokens=size)
-    assert max(lengths) <= size and len(bins) < len(next_fit)
-    assert sum(lengths) > 0.97 * size * len(bins)
+    for bins in (best_fit(lengths, size), best_fit(lengths, size, range(len(lengths)))):
+        assert max(lengths) <= size and len(bins) < len(next_fit)
+        assert sum(lengths) > 0.97 * size * len(bins)
 
 
 def test_bins_are_counted_and_shared_equally():
@@ -221,7 +239,7 @@ def test_bins_are_counted_and_shared_equally():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"packing_strategy": "wrapped"}, "packing_strategy is 'wrapped'; give step or bfd"),
+        ({"packing_strategy": "wrapped"}, "packing_strategy is 'wrapped'; give step, best_fit or bfd"),
         ({"packing_strategy": "bfd"}, "packing_strategy: bfd .* max_tokens_per_batch above 0"),
         ({**BFD, "packing": False}, "packing_strategy: bfd .* packing: true"),
     ],

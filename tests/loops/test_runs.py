@@ -18,7 +18,7 @@ from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
 HOUSE = Path(__file__).resolve().parents[2]
 LOOPS = {"sft": sft, "dpo": dpo, "grpo": grpo}
 BATCH = {"sft": 16, "dpo": 8, "grpo": 16}
-BFD = ["--packing_strategy", "bfd", "--max_tokens_per_batch", "512"]
+BFD, BEST_FIT = (["--packing_strategy", name, "--max_tokens_per_batch", "512"] for name in ("bfd", "best_fit"))
 
 
 def first_token_is_even(*, completion_ids, **_):
@@ -80,7 +80,7 @@ def test_the_pipeline_runs_and_each_loop_reads_what_the_last_one_wrote(tmp_path)
     assert rows[1]["policy/mismatch_max"] < 1e-4  # sampler and trainer are the same weights
 
 
-@pytest.mark.parametrize(("loop", "more"), [*((loop, []) for loop in LOOPS), ("sft", BFD)])
+@pytest.mark.parametrize(("loop", "more"), [*((loop, []) for loop in LOOPS), ("sft", BEST_FIT)])
 def test_a_resumed_run_ends_in_the_same_bytes(loop, more, tmp_path):
     """Five steps in one go; three, a checkpoint, a new start, two more. Dropout on, LoRA, so that every RNG counts."""
     lora = [] if loop == "sft" else ["--lora_r", "4", "--lora_dropout", "0.2", "--merge_weights"]
@@ -215,13 +215,13 @@ def test_bf16_trains_by_autocast_and_pure(precision, tmp_path):
     assert rows[-1]["loss/nll"] < rows[1]["loss/nll"] - 0.5
 
 
-@pytest.mark.parametrize("strategy", ["step", "bfd"])
+@pytest.mark.parametrize("strategy", ["step", "best_fit"])
 def test_two_launched_processes_take_the_steps_of_one(strategy, tmp_path):
     """`accelerate launch` with two processes over gloo, against one: the same losses and gradient norms. Of the 40
     rows' bins a step takes two; the last step of an epoch has one, so a process has none."""
     options = ["--config", "configs/sft.yaml", "--max_steps", "3", "--eval_reward", "null", "--max_eval_samples", "8"]
-    if strategy == "bfd":
-        options += [*BFD, "--max_train_samples", "40", "--train_batch_size", "2"]
+    if strategy == "best_fit":
+        options += [*BEST_FIT, "--max_train_samples", "40", "--train_batch_size", "2"]
     both = {}
     for processes in (1, 2):
         topology = ["--config_file", "launch/cpu_ddp.yaml"] if processes == 2 else []
@@ -229,7 +229,7 @@ def test_two_launched_processes_take_the_steps_of_one(strategy, tmp_path):
         size = ["--per_device_train_batch_size", str(16 // processes), "--output_dir", str(tmp_path / str(processes))]
         done = launch(*launcher, *options, *size)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert ("packing_strategy: bfd, 40 rows in 3 bins of 512 tokens" in done.stdout) == (strategy == "bfd")
+        assert ("packing_strategy: best_fit, 40 rows in 3 bins of 512 tokens" in done.stdout) == (strategy != "step")
         text = (tmp_path / str(processes) / "metrics.jsonl").read_text()
         both[processes] = [json.loads(line) for line in text.splitlines()]
     for one, two in zip(both[1], both[2], strict=True):
@@ -241,7 +241,7 @@ def test_two_launched_processes_take_the_steps_of_one(strategy, tmp_path):
 def test_a_step_of_all_bins_is_the_padded_step_of_all_rows(tmp_path):
     """40 rows, in three bins or as they are: the same losses and gradient norms."""
     options = ["--max_steps", "2", "--eval_reward", "null", "--max_train_samples", "40", "--train_batch_size"]
-    bins = run("sft", tmp_path / "bins", *options, "3", *BFD)
+    bins = run("sft", tmp_path / "bins", *options, "3", *BEST_FIT)
     rows = run("sft", tmp_path / "rows", *options, "40", "--packing", "false")
     for one, two in zip(bins[1:], rows[1:], strict=True):
         assert one["tokens/loss"] == two["tokens/loss"]
@@ -295,7 +295,7 @@ def test_a_step_holds_whole_groups_whatever_the_micro_batch(tmp_path):
         ("sft", ["--packing", "false", "--compile"], "packing"),
         ("sft", ["--packing_strategy", "bfd"], "max_tokens_per_batch above 0"),
         ("dpo", BFD, "packing_strategy: bfd is for SFT"),
-        ("grpo", BFD, "packing_strategy: bfd is for SFT"),
+        ("grpo", BEST_FIT, "packing_strategy: best_fit is for SFT"),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_anything_is_written(loop, options, word, tmp_path, capsys):
@@ -341,6 +341,7 @@ def test_a_checkpoint_of_other_bins_is_refused(tmp_path):
     for name, options, words in (
         ("bins", [], "packing_strategy bfd, 3072 rows in .* 512 tokens, .* and this run step: it is of another run"),
         ("bins", [*BFD[:3], "600"], "packing_strategy bfd, .* 512 tokens, .* and this run bfd, .* 600 tokens, "),
+        ("bins", BEST_FIT, "packing_strategy bfd, .* and this run best_fit, "),
         ("rows", BFD, "packing_strategy step and this run bfd, "),
     ):
         with pytest.raises(ValueError, match=words):

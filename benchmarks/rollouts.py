@@ -1,18 +1,20 @@
 """Whole runs of GRPO with every rollout engine: do they learn alike, what does overlap save, what do kills cost?
 
     python benchmarks/rollouts.py learn --seeds 42 43 44      # quickstart, four set-ups: accuracy and reward curves
+    python benchmarks/rollouts.py syncs --syncs 100           # how exactly is each synced policy served?
     python benchmarks/rollouts.py overlap                     # async_level 1 against 0, a core for each side
     python benchmarks/rollouts.py kills --kills 50            # a run whose servers are killed all the time
     python benchmarks/rollouts.py speed                       # sampling and syncs of a 30M model, engine by engine
 
 For a CPU with vLLM (`launch/install_vllm_cpu.sh`). Every run is a process of its own that is kept on its cores, one at
 a time; its numbers come from its metrics.jsonl. Prints a table as Markdown. The exit status is 1 where a run did not do
-what is claimed of it (accuracy, completions, versions); times are only printed.
+what is claimed of it (accuracy, completions, log-probabilities); times are only printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -24,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -34,10 +35,21 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.child import use_cores  # noqa: E402
-from benchmarks.compare import SHARED, evenly, read_rows, two_shot_prompts, write_model, write_rows  # noqa: E402
+from benchmarks.compare import (  # noqa: E402
+    SHARED,
+    chat_text,
+    evenly,
+    heading,
+    read_rows,
+    two_shot_prompts,
+    write_model,
+    write_rows,
+)
 from benchmarks.scaling import SHAPES  # noqa: E402
 
+MODEL = ROOT / "data/quickstart/model"
 ACCURACY = 0.95
+MISMATCH = 2e-5  # nats, float32
 WINDOW = 10  # steps over which reward curves are averaged before they are compared
 LORA = ["--lora_r", "32", "--lora_alpha", "64", "--learning_rate", "2e-3", "--min_learning_rate", "2e-4"]
 SETUPS = {
@@ -46,6 +58,30 @@ SETUPS = {
     "vllm-server, full sync": ["--engine", "vllm-server", "--weight_sync", "full"],
     "vllm-server, adapter sync": ["--engine", "vllm-server", "--weight_sync", "adapter", *LORA],
 }
+ADAPTED = {"lora_r": 4, "lora_alpha": 8.0}
+QUANTISED = ADAPTED | {"load_in_4bit": True}
+SYNCED = {  # (engine, weight_sync, settings of the model)
+    "all weights, vllm": ("vllm", "full", {"lora_r": 0}),
+    "all weights, vllm-server over gloo": ("vllm-server", "full", {"lora_r": 0}),
+    "LoRA merged on the way, vllm": ("vllm", "full", ADAPTED),
+    "LoRA merged on the way, vllm-server over gloo": ("vllm-server", "full", ADAPTED),
+    "LoRA adapter, vllm": ("vllm", "adapter", ADAPTED),
+    "LoRA adapter, vllm-server": ("vllm-server", "adapter", ADAPTED),
+    "QLoRA adapter, vllm": ("vllm", "adapter", QUANTISED),
+    "QLoRA dequantised and merged, vllm": ("vllm", "full", QUANTISED),
+}
+JOB = """  # argument: elements of a weight; each round is a product with 64 tokens and an update in place
+import sys, time, torch
+weight, x = torch.ones(int(sys.argv[1]) // 1024, 1024), torch.ones(64, 1024)
+for rounds in (2, int(1e9) // weight.numel()):  # the first warm up
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began = time.perf_counter()
+    for _ in range(rounds):
+        x @ weight.T
+        weight.mul_(0.999)
+print(time.perf_counter() - began)
+"""
 QUICKSTART = ["--config", "configs/grpo.yaml", "--log_completions_steps", "0"]
 SERVER = "vllm.entrypoints.openai.api_server"
 
@@ -71,7 +107,7 @@ def run(
         SystemExit: the run failed; the end of what it printed.
     """
     folder.mkdir(parents=True)
-    command = [sys.executable, str(HERE / "child.py"), str(folder / "peak.json"), str(cores)]
+    command = [sys.executable, str(HERE / "child.py"), str(folder / "seen"), str(cores)]
     command += [str(ROOT / "loops/grpo.py"), *options, "--output_dir", str(folder / "run")]
     log = folder / "log"
     with log.open("w") as output:
@@ -197,6 +233,7 @@ def apart(first: list[float], second: list[float]) -> float:
 def overlap(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
     """Seconds a step at async_level 0 and 1, A B A B; then whether the quickstart learns at level 1."""
     common = [*QUICKSTART, "--engine", "vllm-server", "--max_steps", str(options.steps + 2)]
+    model = MODEL
     if options.workload == "gsm8k":
         model, rows_file = gsm8k(options, folder)
         common += ["--model_id", str(model), "--dataset_name", rows_file, "--eval_dataset_name", "null"]
@@ -220,6 +257,7 @@ def overlap(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]
         ratios = [b[name] / a[name] for a, b in zip(arms[0], arms[1], strict=True)]
         shown = " ".join(f"{ratio:.3f}" for ratio in ratios)
         lines.append(f"| {name} | {medians[0]:.3f} s | {medians[1]:.3f} s | **{median(ratios):.3f}** | {shown} |")
+    lines += ["", two_at_once(model)]
     if options.learn_steps:
         extra = ["--engine", "vllm-server", "--async_level", "1", "--max_steps", str(options.learn_steps)]
         rows = run(folder / "learns", [*QUICKSTART, *extra], 1, beside)
@@ -229,6 +267,35 @@ def overlap(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]
         lines[-1] += f"policy/mismatch_kl {gaps:.2g}, policy/sampler_weight {min(weights):.3f} to {max(weights):.3f}."
         fine &= accuracy(rows) >= ACCURACY
     return lines, fine
+
+
+def two_at_once(model: Path) -> str:
+    """What the machine allows: a job on the first core by itself, and while the same job runs on the last."""
+    elements = (model / "model.safetensors").stat().st_size // 4
+
+    def seconds(cores: Sequence[int]) -> float:
+        command = [sys.executable, "-c", JOB, str(elements)]
+        options: dict[str, Any] = {"env": environment(1), "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        jobs = [subprocess.Popen(command, text=True, **options) for _ in cores]
+        for job, core in zip(jobs, cores, strict=True):
+            job.stdout.readline()
+            move(job.pid, core)
+        for _ in range(2):
+            for job in jobs:
+                job.stdin.write("\n")
+                job.stdin.flush()
+            answers = [job.stdout.readline() for job in jobs]
+        for job in jobs:
+            job.communicate()
+        return max(map(float, answers))
+
+    cores = sorted(os.sched_getaffinity(0))
+    rounds = [(seconds(cores[:1]), seconds([cores[0], cores[-1]])) for _ in range(3)]
+    ratio = median(both / one for one, both in rounds)
+    return (
+        f"The machine itself (products with, and updates of, {elements:,} fp32 numbers, one thread): two jobs at once "
+        f"take {ratio:.2f} times as long as one, so level 1 / level 0 cannot fall below {max(ratio, 1) / 2:.2f}."
+    )
 
 
 def kills(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
@@ -280,15 +347,12 @@ def kills(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
 
 def speed(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
     """Sampling and syncs of one policy in this process, on its first cores; the engines in turn."""
-    use_cores(options.cores)
-    os.environ.update(environment(options.cores))  # for the servers, and before torch is read
-    import torch
+    stay_on(options.cores)
     from transformers import AutoTokenizer
 
     from loops.shared.models import ModelConfig, build_policy
     from loops.shared.rollout import RolloutConfig, Sampling, build_engine
 
-    torch.set_num_threads(options.cores)
     model, rows_file = gsm8k(options, folder)
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in read_rows(rows_file)]
@@ -332,6 +396,104 @@ def speed(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
     return lines, True
 
 
+def syncs(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
+    """A policy that moves and is synced again and again: how far are the log-probabilities of what is sampled then?
+
+    Both sides round to float32; how far each is from the same weights in float64 says what of it is rounding.
+    """
+    stay_on(options.cores)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loops.shared.models import ModelConfig, build_policy
+    from loops.shared.rollout import RolloutConfig, Sampling, build_engine
+    from loops.shared.weights import iter_weights
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    exact = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64).eval()
+    rows = evenly(read_rows(ROOT / "data/quickstart/heldout.jsonl"), 3)
+    prompts = [tokenizer(chat_text(row, tokenizer), add_special_tokens=False)["input_ids"] for row in rows]
+    prompts.append(prompts[0] * 10)  # longer than a block of the prefix cache: old keys would show
+    sampling = Sampling(max_completion_length=16)
+    lines = [
+        "| what is synced | syncs | tokens | worst difference of a token, nats | sampler and trainer from float64 "
+        "| frozen bytes | tensors, bytes a sync |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    fine = True
+    for what in options.kinds:
+        engine_name, sync, fields = SYNCED[what]
+        shape = ModelConfig(model_id=str(MODEL), torch_dtype="float32", **fields)
+        policy = build_policy(shape, seed=0, device="cpu").eval()
+        frozen, tokens, worst = frozen_bytes(policy), 0, torch.zeros(3, dtype=torch.float64)
+        engine = build_engine(RolloutConfig(engine=engine_name, weight_sync=sync), policy, tokenizer)
+        generator = torch.Generator().manual_seed(0)
+        for number in range(options.syncs):
+            move_weights(policy, generator, options.step or (2e-3 if fields["lora_r"] else 2e-4))
+            report = engine.sync(policy)
+            numbers = list(range(len(prompts)))
+            groups = engine.sample(prompts, n=2, sampling=sampling, seed=number, prompt_numbers=numbers)
+            weights = dict(iter_weights(policy, dtype=torch.float64))
+            exact.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights)  # a tied head
+            for prompt, group in zip(prompts, groups, strict=True):
+                for one in group:
+                    sampler = torch.tensor(one.logprobs).double()
+                    trainer, true = scored(policy, prompt, one.token_ids), scored(exact, prompt, one.token_ids)
+                    gaps = torch.stack([sampler - trainer, sampler - true, trainer - true]).abs().amax(1)
+                    worst = torch.maximum(worst, gaps)
+                    tokens += len(one.token_ids)
+                    fine &= one.weight_version == report.weight_version
+        engine.close()
+        same = frozen == frozen_bytes(policy)
+        fine &= same and float(worst[0]) <= MISMATCH
+        kept = ("the same" if same else "CHANGED") if fields["lora_r"] else "none"
+        sent = f"{report.tensors}, {report.bytes:,}"
+        gap = "{:.3g} | {:.2g}, {:.2g}".format(*worst.tolist())
+        lines.append(f"| {what} | {options.syncs} | {tokens:,} | {gap} | {kept} | {sent} |")
+        print(lines[-1], flush=True)
+    return lines, fine
+
+
+def move_weights(policy: Any, generator: Any, size: float) -> None:
+    """Adds normal noise of that standard deviation to all that is trained."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def scored(policy: Any, prompt: list[int], completion: list[int]) -> Any:
+    """Log-probabilities of the completion's tokens by one plain forward: [T] in float64."""
+    import torch
+
+    with torch.no_grad():
+        logits = policy(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def frozen_bytes(policy: Any) -> str:
+    """Hash of all that is not trained, as it is stored (of 4-bit weights their constants too)."""
+    import torch
+
+    digest = hashlib.sha256()
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    for name, tensor in policy.state_dict().items():
+        if name not in trained:
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def stay_on(cores: int) -> None:
+    """Keep this process, and the servers that it starts, on its first cores; before torch is read."""
+    use_cores(cores)
+    os.environ.update(environment(cores))
+    import torch
+
+    torch.set_num_threads(cores)
+
+
 def gsm8k(options: argparse.Namespace, folder: Path) -> tuple[Path, str]:
     """A 30M model with random weights, and prompts of two solved problems and a question."""
     from transformers import AutoTokenizer
@@ -340,17 +502,6 @@ def gsm8k(options: argparse.Namespace, folder: Path) -> tuple[Path, str]:
     write_model(folder / "model", SHAPES["30m"], tokenizer)
     prompts = evenly(two_shot_prompts(read_rows(options.rows), tokenizer), options.prompts)
     return folder / "model", write_rows(folder / "rows.jsonl", prompts)
-
-
-def heading(load: float) -> str:
-    """When, what and where."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown commit"
-    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "vllm"))
-    command = shlex.join(["python", "benchmarks/rollouts.py", *sys.argv[1:]])
-    cores = f"{os.cpu_count()} cores, load {load:.1f} before the start"
-    return f"## {time.strftime('%Y-%m-%d %H:%M')}, {commit}\n\n{names[0]}, {cores}; {versions}\n\n    {command}\n"
 
 
 def parse_options() -> argparse.Namespace:
@@ -378,6 +529,14 @@ def parse_options() -> argparse.Namespace:
     four.add_argument("--pairs", type=int, default=2)
     four.add_argument("--syncs", type=int, default=20)
     four.add_argument("--cores", type=int, default=1)
+    five = tables.add_parser("syncs")
+    five.add_argument("--syncs", type=int, default=100, help="of each kind")
+    moves = (
+        "by how much weights move before each (default: the quickstart's learning rates, 2e-4 and for adapters 2e-3)"
+    )
+    five.add_argument("--step", type=float, help=moves)
+    five.add_argument("--kinds", nargs="+", choices=SYNCED, default=list(SYNCED))
+    five.add_argument("--cores", type=int, default=1)
     for table in (two, four):
         table.add_argument("--prompts", type=int, default=4, help="a step")
         table.add_argument("--generations", type=int, default=8, help="completions a prompt")
@@ -391,8 +550,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    text = heading(os.getloadavg()[0])
-    table = {"learn": learn, "overlap": overlap, "kills": kills, "speed": speed}[options.table]
+    text = heading("rollouts.py", f"{os.cpu_count()} cores", ("torch", "transformers", "vllm"))
+    table = {"learn": learn, "overlap": overlap, "kills": kills, "speed": speed, "syncs": syncs}[options.table]
     with tempfile.TemporaryDirectory() as temporary:
         lines, fine = table(options, Path(options.keep or temporary))
     print(f"\n{text}\n" + "\n".join(lines))

@@ -1,9 +1,11 @@
 """SFT with `packing_strategy: best_fit` against `step`, A B A B: one epoch of the same rows, the same token budget.
 
     python benchmarks/packing.py                                 # 500 GSM8K rows, the 30M shape, two cores
+    python benchmarks/packing.py --count 1000 --pairs 0          # only count the forwards, on 1, 2 and 8 processes
 
-Nothing is padded either way; what differs is how full micro-batches are. The steps of `step` get as many rows as make
-`micro_batches` full micro-batches on average. Prints a table as Markdown. Every run is a process of its own.
+Nothing is padded either way; what differs is how full micro-batches are, so how many there are. The steps of `step` get
+as many rows as make `micro_batches` full micro-batches on average. Prints tables as Markdown. Every run is a process of
+its own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from benchmarks.compare import SHARED, evenly, read_rows, run_child, write_model, write_rows  # noqa: E402
 from benchmarks.scaling import SHAPES  # noqa: E402
-from data.pack import best_fit  # noqa: E402
+from data.pack import best_fit, cut_step, rows_of_step, steps_per_epoch  # noqa: E402
 
 
 def run(strategy: str, rows_per_step: int, model: Path, rows: str, options, folder: Path) -> dict[str, float]:
@@ -49,6 +51,16 @@ def run(strategy: str, rows_per_step: int, model: Path, rows: str, options, fold
     return total | {"steps": len(steps), "peak": peak}
 
 
+def forwards(lengths: list[int], per_step: int, processes: int, max_tokens: int) -> int:
+    """Micro-batches of one epoch on each process; lengths: tokens of every row, or of every bin."""
+    total = 0
+    for step in range(steps_per_epoch(len(lengths), per_step)):
+        rows = rows_of_step(step, num_rows=len(lengths), rows_per_step=per_step, seed=42)
+        drawn = [lengths[row] for row in rows]
+        total += len(cut_step(drawn, rank=0, num_processes=processes, max_rows=1, max_tokens=max_tokens))
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", choices=["best_fit", "bfd"], default="best_fit")
@@ -65,8 +77,18 @@ def main() -> None:
     rows = [{"prompt": f"{r['question']}\n", "completion": r["answer"]} for r in read_rows(options.rows)]
     rows = evenly(rows, options.count)
     lengths = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in rows]  # and a stop token
-    bins = len(best_fit(lengths, options.max_tokens))
-    sizes = {options.strategy: options.micro_batches, "step": round(options.micro_batches * len(rows) / bins)}
+    order = None if options.strategy == "bfd" else range(len(rows))
+    filled = [sum(lengths[row] for row in bin) for bin in best_fit(lengths, options.max_tokens, order)]
+    sizes = {options.strategy: options.micro_batches, "step": round(options.micro_batches * len(rows) / len(filled))}
+    print(f"| forwards of an epoch, on each process | {options.strategy} | step | ratio |\n| --- | --- | --- | --- |")
+    for processes in (1, 2, 8):
+        counts = [
+            forwards(units, size * processes, processes, options.max_tokens)
+            for units, size in zip((filled, lengths), sizes.values(), strict=True)
+        ]
+        print(f"| {processes} processes | {counts[0]} | {counts[1]} | **{counts[0] / counts[1]:.3f}** |", flush=True)
+    if not options.pairs:
+        return
     sides: dict[str, list[dict[str, float]]] = {name: [] for name in sizes}
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary, "model")

@@ -46,8 +46,8 @@ class BatchConfig:
     packing_strategy: str = "step"
     """`step`: rows are drawn by seed, and fill micro-batches within their step. `best_fit`, `bfd` (SFT): all rows are
     put once into bins of max_tokens_per_batch, in an order drawn by seed or longest first; bins are drawn, and each is
-    one micro-batch, so per_device_train_batch_size means nothing and train_batch_size counts bins. `bfd` needs up to
-    3 % fewer bins, but rows of like length meet, so steps of few bins differ much."""
+    one micro-batch, so per_device_train_batch_size means nothing and train_batch_size counts bins. `bfd` needs a
+    few bins less, but rows of like length meet in them, so steps of few bins are lopsided."""
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -363,7 +363,10 @@ def speed(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
         shape = ModelConfig(model_id=str(model), lora_r=lora, torch_dtype="float32")
         policy = build_policy(shape, seed=0, device="cpu").eval()
         kinds = ("transformers", "vllm", "vllm-server")
-        engines = {kind: build_engine(RolloutConfig(engine=kind), policy, tokenizer) for kind in kinds}
+        engines = {
+            kind: build_engine(RolloutConfig(engine=kind, weight_sync="adapter" if lora else "full"), policy, tokenizer)
+            for kind in kinds
+        }
         what = f"adapter of rank {lora}" if lora else "full weights"
         for kind, engine in engines.items():
             reports = [engine.sync(policy) for _ in range(options.syncs + 1)][1:]

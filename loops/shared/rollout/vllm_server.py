@@ -385,15 +385,19 @@ class VllmServerEngine:
     def _send(self, stream: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
         """All of `stream` to all servers, bucket by bucket; the other ranks only help to gather."""
         tensors = size = 0
-        taking = self._each([s for s in getattr(self, "_servers", ()) if s.ready], self._begin)
-        for bucket in buckets(stream):
-            tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
-            if self._rank == 0:
-                self._remember(bucket)
-                taking = self._each(taking, partial(self._send_bucket, bucket=bucket))
+        taking: list[Server] | None = None
+        with ThreadPoolExecutor(1) as pool:  # vLLM takes 20 ms to pause, and the copy is made meanwhile
+            ready = [server for server in getattr(self, "_servers", ()) if server.ready]
+            beginning = pool.submit(self._each, ready, self._begin)
+            for bucket in buckets(stream):
+                tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
+                if self._rank == 0:
+                    self._remember(bucket)
+                    taking = beginning.result() if taking is None else taking
+                    taking = self._each(taking, partial(self._send_bucket, bucket=bucket))
         if len(self._snapshot) > tensors > 0:
             raise ValueError(f"{tensors} tensors were sent, and {len(self._snapshot)} before: weights are missing.")
-        self._each(taking, partial(self._finish, version=version))
+        self._each(taking or [], partial(self._finish, version=version))
         return tensors, size
 
     def _remember(self, bucket: Bucket) -> None:

@@ -623,7 +623,7 @@ def test_a_running_server_with_another_key_tokenizer_or_mode_is_refused(server, 
     known = RolloutConfig(engine="vllm-server", server_urls=[url], weight_transfer="file")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="VLLM_API_KEY"):
         patch.delenv("VLLM_API_KEY")
-        build_engine(known, policy, tokenizer)
+        build_engine(replace(known, weight_transfer="gloo"), policy, tokenizer)
     with pytest.raises(ValueError, match="plumbline-file"):
         build_engine(known, policy, tokenizer)
     with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):

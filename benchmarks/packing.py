@@ -45,7 +45,7 @@ def run(strategy: str, rows_per_step: int, model: Path, rows: str, options, fold
     (folder / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     command = [str(ROOT / "loops/sft.py"), "--config", str(folder / "config.yaml")]
     machine = SimpleNamespace(device="cpu", threads=options.threads)
-    peak = run_child(sys.executable, command, folder, machine, {"PYTHONPATH": str(ROOT)})
+    peak = run_child([sys.executable], command, folder, machine, {"PYTHONPATH": str(ROOT)})
     steps = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     total = {name: sum(step[name] for step in steps) for name in ("time/step", "tokens/loss", "tokens/computed")}
     return total | {"steps": len(steps), "peak": peak}

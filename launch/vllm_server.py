@@ -1,6 +1,6 @@
 """A vLLM server that takes weights from a run of this project, and ends with whoever started it.
 
-    python launch/vllm_server.py --model MODEL --port 8000 --weight-transfer-config '{"backend": "plumbline-nccl"}'
+    python launch/vllm_server.py --model MODEL --port 8000
 
 All options are those of vLLM's own server; what training needs besides is switched on here: the routes for weight
 updates and adapters, and token ids in and out. A run connects to it with `--engine vllm-server --server_urls`. It binds
@@ -24,7 +24,9 @@ _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_STOP = 5.0
 
 
-def environment(base: Mapping[str, str], options: Sequence[str], *, on_cpu: bool, gpus: str | None) -> dict[str, str]:
+def environment(
+    base: Mapping[str, str], options: Sequence[str], *, on_cpu: bool, gpus: str | None, ipc: bool = False
+) -> dict[str, str]:
     """The server's environment variables: `base`, with what it needs; a value that `base` has stands.
 
     gpus: numbers among the visible GPUs, comma-separated; None leaves all of them.
@@ -44,7 +46,7 @@ def environment(base: Mapping[str, str], options: Sequence[str], *, on_cpu: bool
         }
         if not any(option.startswith("--tensor-parallel-size") for option in options):
             needed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less
-    if any("plumbline-ipc" in option for option in options):
+    if ipc:
         needed["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled
     variables = needed | dict(base)
     if gpus is not None:
@@ -74,10 +76,13 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", type=int, help="process whose end ends the server")
     parser.add_argument("--gpus", help="numbers of the GPUs to use, comma-separated; default: all")
+    parser.add_argument("--ipc", action="store_true", help="take weights as pickled handles of this GPU's memory")
     own, options = parser.parse_known_args(argv)
-    variables = environment(os.environ, options, on_cpu=has_cpu_build(), gpus=own.gpus)
-    if not any(option.split("=")[0] == "--host" for option in options):
-        options = ["--host=127.0.0.1", *options]
+    variables = environment(os.environ, options, on_cpu=has_cpu_build(), gpus=own.gpus, ipc=own.ipc)
+    given = {option.split("=")[0] for option in options}
+    for flag, value in (("--host", "127.0.0.1"), ("--weight-transfer-config", '{"backend": "plumbline"}')):
+        if flag not in given:
+            options = [f"{flag}={value}", *options]
 
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

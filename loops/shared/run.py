@@ -584,6 +584,11 @@ def one_sentence_errors(prog: str) -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+def server_key() -> str | None:
+    """The key of vLLM's servers; no option, since those are written to the run folder."""
+    return os.environ.get("VLLM_API_KEY")
+
+
 def seed_process(seed: int, rank: int) -> None:
     """Own streams of random numbers for this process (dropout), once the weights are built alike everywhere."""
     random.seed(seed + rank)

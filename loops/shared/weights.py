@@ -24,13 +24,15 @@ _MAX_SHARD_SIZE = "5GB"
 _CARD_SECTIONS = ("base_model", "loop", "dataset", "command", "settings", "metrics", "versions")
 
 
-def iter_weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def iter_weights(
+    model: nn.Module, *, dtype: torch.dtype | None = None, adapter: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """The whole model, one whole tensor at a time, under the names of the plain transformers model.
 
     Adapters are merged on the fly, W + scaling * B A (DoRA: rescaled to the learned row norms), quantised weights are
-    dequantised first; the sum is formed in at least float32 and rounded once, to `dtype` (default: the base's). The
-    model itself is left untouched. Tied weights come once. Tensors may share memory with the model: copy what outlives
-    the next step. Buffers keep their dtype.
+    dequantised first; the sum is formed in at least float32 and rounded once, to `dtype` (default: the base's). With
+    `adapter` False adapters are left out. The model itself is left untouched. Tied weights come once. Tensors may share
+    memory with the model: copy what outlives the next step. Buffers keep their dtype.
 
     Every rank has to run through the whole iteration: a sharded tensor is gathered by all ranks when its turn comes.
     Names are those of the model in memory; an architecture whose experts transformers fuses has other names in files.
@@ -46,7 +48,10 @@ def iter_weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> Itera
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-        whole = _merged(owner, dtype) if isinstance(owner, LoraLayer) else _plain(owner, tensor)
+        if isinstance(owner, LoraLayer):
+            whole = _merged(owner, dtype) if adapter else _plain(owner.get_base_layer(), tensor)
+        else:
+            whole = _plain(owner, tensor)
         if type(tensor).__name__ == "Int8Params":
             own = base.config.dtype  # 8-bit weights do not remember what they were read in, 4-bit ones do
         if dtype is not None and isinstance(tensor, nn.Parameter) and whole.is_floating_point():
@@ -85,7 +90,7 @@ def export_model(
 
     folder = Path(folder)
     adapter_only = isinstance(model, PeftModel) and not merge
-    tensors = _trained_tensors(model, dtype) if adapter_only else iter_weights(model, dtype=dtype)
+    tensors = trained_tensors(model, dtype) if adapter_only else iter_weights(model, dtype=dtype)
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     gathered = {name: tensor.cpu() for name, tensor in tensors if writes}
     if not writes:
@@ -209,7 +214,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _trained_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def trained_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """What training changes, whole, under peft's names, in `dtype` (None: its own)."""
     reshard(model)
     for name, parameter in model.named_parameters():
@@ -219,21 +224,25 @@ def _trained_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tu
             yield name, tensor if dtype is None else tensor.to(dtype)
 
 
+def plain_class(model: nn.Module) -> Any:
+    """The class that can be imported, behind those that FSDP and the packed forward put in front of it at run time."""
+    from transformers import PreTrainedModel
+
+    return next(
+        cls
+        for cls in type(model).__mro__
+        if issubclass(cls, PreTrainedModel) and getattr(sys.modules[cls.__module__], cls.__name__, None) is cls
+    )
+
+
 def _clean_twin(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The base model's class and config built anew, plain and unpatched, on the meta device or holding `weights`.
 
     An adapter on one end of tied weights parts them: the twin is then built untied, and says so in its config.
     """
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    # FSDP and the packed forward put classes of their own, made at run time, in front of the one that can be imported
-    plain_class: Any = next(
-        cls
-        for cls in type(base).__mro__
-        if issubclass(cls, PreTrainedModel) and getattr(sys.modules[cls.__module__], cls.__name__, None) is cls
-    )
     config = copy.deepcopy(base.config)
     config._attn_implementation = "eager"  # the twin never runs, so it must not ask for a kernel
     if hasattr(config, "quantization_config"):
@@ -241,7 +250,7 @@ def _clean_twin(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor
 
     def build() -> Any:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return plain_class(config)
+            return plain_class(base)(config)
 
     twin = build()
     if weights is not None:

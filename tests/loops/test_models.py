@@ -807,6 +807,20 @@ def test_streamed_weights_of_a_full_model_are_its_own(any_model):
     assert all(tensor.data_ptr() == parameters[name].data_ptr() for name, tensor in streamed.items())
 
 
+@pytest.mark.parametrize("quantised", [{}, {"load_in_4bit": True}], ids=["plain", "4bit"])
+def test_streamed_weights_without_the_adapter_are_the_bases(model_id, quantised):
+    """Whatever the adapter holds, and under the same names as with it."""
+    policy = build(model_id, **quantised)
+    merged = {name: tensor.clone() for name, tensor in iter_weights(policy)}  # B is 0 so far: the base
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(torch.inf)
+    base = dict(iter_weights(policy, adapter=False))
+    assert list(base) == list(merged) and all(torch.equal(base[name], merged[name]) for name in base)
+    assert not all(tensor.isfinite().all() for _, tensor in iter_weights(policy))
+
+
 def test_the_model_card_tells_what_it_was_given(tmp_path, model_id):
     card = {
         "base_model": "org/model",

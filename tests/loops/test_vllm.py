@@ -229,8 +229,8 @@ def test_names_that_do_not_fit_are_refused(policy, tokenizer, prompts, fault, mo
 
     built = build_engine(small(engine="vllm"), policy, tokenizer)
 
-    def faulty(model: Any, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in iter_weights(model, dtype=dtype):
+    def faulty(model: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in iter_weights(model, **options):
             if fault == "unknown" and name.endswith("layers.1.mlp.up_proj.weight"):
                 name = name.replace("up_proj", "side_proj")
             if fault == "missing" and "layers.1.mlp.down_proj" in name:
@@ -617,23 +617,32 @@ def test_a_port_in_use_is_one_sentence(server, policy, tokenizer):
         build_engine(RolloutConfig(engine="vllm-server", server_port=port), policy, tokenizer)
 
 
-def test_a_running_server_with_another_key_tokenizer_or_mode_is_refused(server, policy, tokenizer):
-    """The server of the fixture, as a run would find one that a user has started."""
+def test_a_running_server_is_used_and_one_with_another_key_tokenizer_or_mode_refused(
+    server, policy, tokenizer, prompts, tmp_path
+):
+    """The server of the fixture, as a run would find one that a user has started: it takes weights either way."""
     url = server._servers[0].url
-    known = RolloutConfig(engine="vllm-server", server_urls=[url], weight_transfer="file")
+    known = RolloutConfig(engine="vllm-server", server_urls=[url])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="VLLM_API_KEY"):
         patch.delenv("VLLM_API_KEY")
-        build_engine(replace(known, weight_transfer="gloo"), policy, tokenizer)
-    with pytest.raises(ValueError, match="plumbline-file"):
         build_engine(known, policy, tokenizer)
     with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
-        build_engine(replace(known, weight_transfer="gloo", temperature=0.7), policy, tokenizer)
+        build_engine(replace(known, temperature=0.7), policy, tokenizer)
+    with pytest.raises(ValueError, match="sync_dir is s3://.*weight_sync to full"):
+        build_engine(replace(known, sync_dir="s3://bucket/run", weight_sync="adapter"), adapted(), tokenizer)
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["tokens"])
     with pytest.raises(ValueError, match="another tokenizer"):
-        build_engine(replace(known, weight_transfer="gloo"), policy, other)
-    build_engine(replace(known, weight_transfer="gloo"), policy, tokenizer).close()
+        build_engine(known, policy, other)
+    for way in ({"weight_transfer": "file", "sync_dir": str(tmp_path)}, {"weight_transfer": "gloo"}):
+        built = build_engine(replace(known, **way), policy, tokenizer)
+        train_a_step(policy, 9, size=0.004)
+        built.sync(policy)
+        assert mismatch(policy, prompts, draw(built, prompts)) <= TOLERANCE
+        built.close()
+        assert not list(tmp_path.iterdir())
     server.sync(policy)
+    assert mismatch(policy, prompts, draw(server, prompts)) <= TOLERANCE
 
 
 def test_adapters_over_http_and_two_servers_share_the_load(tokenizer, prompts):
@@ -706,46 +715,63 @@ def test_sleep_frees_everything_and_the_sync_wakes_in_parts(engine, policy, monk
     assert not engine._asleep
 
 
-def test_nccl_and_ipc_speak_vllms_wire_dicts(monkeypatch):
-    """The dicts that vLLM's own dataclasses for these back ends take, and one broadcast for each tensor in order."""
-    from vllm.distributed.weight_transfer import nccl_common
-    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
-
-    calls: list[tuple[str, dict]] = []
-    log: list[tuple] = []
-    monkeypatch.setattr(nccl_common, "trainer_init", lambda rendezvous: Recorder(log))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
-    bucket = [("a.weight", torch.ones(2, 3)), ("b.bias", torch.zeros(4, dtype=torch.bfloat16))]
-    nccl = transfer.BroadcastTransport("nccl", host="10.0.0.1", timeout=5)
-    nccl.open(lambda method, **arguments: calls.append((method, arguments)), 2)
-
-    def answer_late(method: str, **arguments: Any) -> None:
-        calls.append((method, arguments))
-        while len(log) < 2:  # as workers do: when they have received everything
-            time.sleep(0.01)
-
-    nccl.send(answer_late, bucket)
-    nccl_common.NCCLWeightTransferInitInfo(**calls[0][1]["init_info"])
-    assert calls[0][1]["init_info"]["world_size"] == 3 and calls[0][1]["init_info"]["rank_offset"] == 1
-    described = {
-        "names": ["a.weight", "b.bias"], "dtype_names": ["float32", "bfloat16"], "shapes": [[2, 3], [4]]
-    }  # fmt: skip
-    assert calls[1] == ("update_weights", {"update_info": described})
-    assert [(entry[0], tuple(entry[1].shape)) for entry in log] == [("broadcast", (2, 3)), ("broadcast", (4,))]
-
+def test_nccl_and_ipc_end_to_end_with_the_devices_recorded(monkeypatch):
+    """Both ends meet in vLLM's own NCCL group, one broadcast for each tensor in order, and in vLLM's own IPC engine."""
     import vllm.envs
     from torch.multiprocessing import reductions
+    from vllm.distributed.weight_transfer import nccl_common
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
+    log: list[tuple] = []
+    loaded: list[tuple[str, tuple]] = []
+    bucket = [("a.weight", torch.ones(2, 3)), ("b.bias", torch.zeros(4, dtype=torch.bfloat16))]
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"uuid": "gpu-0"}))
     monkeypatch.setattr(vllm.envs, "VLLM_ALLOW_INSECURE_SERIALIZATION", True, raising=False)
     monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (None, ("handle", tuple(tensor.shape))))
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
-    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
-    properties = type("Properties", (), {"uuid": "gpu-0"})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    transfer.IpcTransport().send(lambda method, **arguments: calls.append((method, arguments)), bucket)
-    info = IPCWeightTransferUpdateInfo(**calls[2][1]["update_info"])
-    assert info.names == described["names"]
+    monkeypatch.setattr(nccl_common, "trainer_init", lambda meeting: Recorder(log))
+    joined = []
+    monkeypatch.setattr(
+        nccl_common, "worker_init_process_group", lambda meeting, config: joined.append(meeting) or Recorder(log)
+    )
+    opened = []
+    monkeypatch.setattr(IPCWeightTransferEngine, "update_weights", lambda end, info: opened.append(info))
+
+    end = object.__new__(transfer._worker_end())
+    end.device, end.parallel_config, end.packed = torch.device("cpu"), None, False
+    end.model = torch.nn.Linear(1, 1)
+    end.model.load_weights = lambda weights: loaded.extend((name, tuple(tensor.shape)) for name, tensor in weights)
+
+    def control(method: str, **arguments: Any) -> None:
+        if method == "init_weight_transfer_engine":
+            end.init_transfer_engine(end.parse_init_info(json.loads(json.dumps(arguments["init_info"]))))
+        else:
+            getattr(end, method)(*json.loads(json.dumps(list(arguments.values()))))  # as over HTTP
+
+    nccl = transfer.BroadcastTransport("nccl", host="10.0.0.1", timeout=5)
+    nccl.open(control, 2)
+    assert (joined[0].world_size, joined[0].rank_offset, joined[0].master_address) == (3, 1, "10.0.0.1")
+
+    def answer_late(method: str, **arguments: Any) -> None:
+        while len(log) < 2:  # the trainer's broadcasts
+            time.sleep(0.01)
+        control(method, **arguments)
+
+    nccl.send(answer_late, bucket)
+    assert [(entry[0], tuple(entry[1].shape), entry[2:]) for entry in log] == 2 * [
+        ("broadcast", (2, 3), (0, "stream")), ("broadcast", (4,), (0, "stream"))
+    ]  # fmt: skip
+    assert loaded == [("a.weight", (2, 3)), ("b.bias", (4,))]
+    assert [entry[1].dtype for entry in log[2:]] == [torch.float32, torch.bfloat16]
+
+    ipc = transfer.IpcTransport()
+    ipc.open(control, 1)
+    ipc.send(control, bucket)
+    info = IPCWeightTransferEngine.update_info_cls(**opened[0])
+    assert info.names == ["a.weight", "b.bias"] and info.shapes == [[2, 3], [4]]
     assert info.ipc_handles == [{"gpu-0": ("handle", (2, 3))}, {"gpu-0": ("handle", (4,))}]
 
 

@@ -187,7 +187,8 @@ class RolloutConfig:
     """How full weights reach a server: `gloo` (network), `nccl` (other GPUs), `ipc` (the same GPUs), `file` (a folder
     that both see), or auto: nccl when training on a GPU, else gloo."""
     sync_dir: str | None = None
-    """Folder that trainer and servers both see, for adapters and `weight_transfer: file`; default: a temporary one."""
+    """Folder that trainer and servers both see, for adapters and `weight_transfer: file`; default: a temporary one. For
+    files it may be in an object store (s3://BUCKET/PREFIX, gs://...), reached with the machine's credentials."""
     vllm_dtype: str = "auto"
     """Dtype in which vLLM serves: float32, bfloat16, float16, or auto: what the trainer computes in."""
     vllm_tensor_parallel_size: int = 1

@@ -36,9 +36,9 @@ from loops.shared.rollout.masks import check_masks, structured_outputs
 from loops.shared.rollout.sampling import noise_keys
 from loops.shared.rollout.transformers_engine import _own_stop_token_ids
 from loops.shared.rollout.weight_transfer import (
+    BACKEND,
     LORA_RANKS,
-    DirectTransport,
-    base_weights,
+    Transport,
     buckets,
     give_up,
     register,
@@ -46,7 +46,7 @@ from loops.shared.rollout.weight_transfer import (
     unwrapped,
     write_adapter,
 )
-from loops.shared.weights import iter_weights
+from loops.shared.weights import iter_weights, plain_class
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Served:
         for key in ("quantization_config", "_attn_implementation_internal"):
             if hasattr(shape, key):
                 delattr(shape, key)
-        shape.architectures = [_plain_class_name(model)]
+        shape.architectures = [plain_class(model).__name__]
         if reason and isinstance(policy, PeftModel) and getattr(shape, "tie_word_embeddings", False):
             # An adapter, or a copy that is trained, on one end of tied weights parts them.
             parted = set(model.all_tied_weights_keys) & {name for name, _ in iter_weights(policy)}
@@ -115,7 +115,7 @@ class Served:
             "seed": 0,
             "max_model_len": config.vllm_max_model_len or -1,  # as long as the model, or the memory, allows
             "max_num_seqs": config.vllm_max_num_seqs,
-            "tensor_parallel_size": config.vllm_tensor_parallel_size,
+            "weight_transfer_config": {"backend": BACKEND},
             # Log-probabilities of temperature 1 as computed, those of another one after it was applied: see
             # `check_vllm_sampling`.
             "logprobs_mode": "raw_logprobs" if config.temperature == 1 else "processed_logprobs",
@@ -127,6 +127,8 @@ class Served:
         if on_cpu:
             # A seeded completion whose prompt is computed in pieces fails on a CPU, whose generators cannot go back.
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        if config.vllm_tensor_parallel_size > 1:
+            arguments["tensor_parallel_size"] = config.vllm_tensor_parallel_size
         if self.adapter:  # two: what was sampled from the last one may still be on its way
             arguments |= {"enable_lora": True, "max_lora_rank": self.lora_rank, "max_loras": 2}
         return arguments
@@ -216,17 +218,6 @@ def _dtype(
     return torch.float32 if own == torch.float64 else own
 
 
-def _plain_class_name(model: torch.nn.Module) -> str:
-    """The class that vLLM knows the architecture by, below the ones that were put in front of it at run time."""
-    from transformers import PreTrainedModel
-
-    names = [cls.__name__ for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel)]
-    declared = getattr(model.config, "architectures", None) or []
-    return next((name for name in names if name in declared), None) or next(
-        name for name in names if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    )
-
-
 def one_sentence(error: str) -> str | None:
     """What to change, where vLLM failed for want of memory or for a model it does not know; None elsewhere."""
     if any(words in error for words in ("KV cache", "cache blocks", "memory utilization", "out of memory")):
@@ -257,7 +248,7 @@ class VllmEngine:
         self._serves = False  # whether the last sync went through, and nothing has failed since
         self._base_sent = False
         self._lora: Any = None
-        self._transport = DirectTransport()
+        self._transport = Transport()
         self._sleeps = served.device == "cuda" and served.config.vllm_sleep
         self._group, self._rank_in_group = _tensor_parallel_group(served.config.vllm_tensor_parallel_size)
         self._made_group = not torch.distributed.is_initialized()  # vLLM makes a default group where there is none
@@ -285,7 +276,6 @@ class VllmEngine:
                 return LLM(
                     **self._served.arguments(colocated=True),
                     skip_tokenizer_init=self._served.tokenizer is None,
-                    weight_transfer_config={"backend": self._transport.backend},
                     # By its class: a CPU would take several processes otherwise.
                     distributed_executor_backend=UniProcExecutor if alone else "external_launcher",
                     enable_sleep_mode=self._sleeps,
@@ -300,12 +290,7 @@ class VllmEngine:
             logging.getLogger("vllm").setLevel(logging.ERROR)
 
     def _control(self, method: str, **arguments: Any) -> None:
-        if method == "finish_weight_update":
-            self._llm.finish_weight_update(**arguments)
-        elif arguments:
-            getattr(self._llm, method)(arguments)
-        else:
-            getattr(self._llm, method)()
+        getattr(self._llm, method)(arguments)
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Hands over the policy's weights, or its adapter; every process calls this.
@@ -335,27 +320,25 @@ class VllmEngine:
             self.weight_version, self._serves = version, True
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
 
-    def _send(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
-        served = self._served
-        for attempt in (1, 2):
-            stream = base_weights(policy, served.dtype) if served.adapter else iter_weights(policy, dtype=served.dtype)
-            tensors = size = 0
-            try:
-                self._llm.start_weight_update()
-                for bucket in buckets(stream):
-                    self._transport.send(self._control, bucket)
-                    tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
-                self._llm.finish_weight_update(str(version))
-                return tensors, size
-            except (ValueError, KeyError) as error:  # names: a second time would be the same
-                give_up(self._control)
-                raise ValueError(f"vLLM refused the policy's weights: {error}") from error
-            except RuntimeError as error:
-                give_up(self._control)
-                if attempt == 2:
-                    raise RuntimeError(f"vLLM failed twice to take the policy's weights: {error}") from error
-                logger.warning("a weight update failed and is sent again", exc_info=True)
-        raise AssertionError
+    def _send(self, policy: torch.nn.Module, version: int, *, again: bool = True) -> tuple[int, int]:
+        """All weights (of the base, where the adapter goes by itself); once more where that failed on the way."""
+        tensors = size = 0
+        try:
+            self._llm.start_weight_update()
+            for bucket in buckets(iter_weights(policy, dtype=self._served.dtype, adapter=not self._served.adapter)):
+                self._transport.send(self._control, bucket)
+                tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
+            self._llm.finish_weight_update(str(version))
+            return tensors, size
+        except (ValueError, KeyError) as error:  # names: a second time would be the same
+            give_up(self._control)
+            raise ValueError(f"vLLM refused the policy's weights: {error}") from error
+        except RuntimeError as error:
+            give_up(self._control)
+            if not again:
+                raise RuntimeError(f"vLLM failed twice to take the policy's weights: {error}") from error
+            logger.warning("a weight update failed and is sent again", exc_info=True)
+        return self._send(policy, version, again=False)
 
     def _send_adapter(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
         from vllm.lora.request import LoRARequest

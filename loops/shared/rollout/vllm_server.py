@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -39,13 +40,13 @@ from loops.shared.rollout.weight_transfer import (
     FileTransport,
     IpcTransport,
     Transport,
-    base_weights,
     buckets,
     free_port,
     give_up,
     unwrapped,
     write_adapter,
 )
+from loops.shared.run import server_key
 from loops.shared.weights import iter_weights
 
 logger = logging.getLogger(__name__)
@@ -68,18 +69,19 @@ class ServerLostError(Exception):
 class Server:
     """One server as this process sees it."""
 
-    def __init__(self, url: str, transport: Transport | None):
-        self.url, self.transport = url.rstrip("/"), transport
+    def __init__(self, number: int, url: str, transport: Transport, timeout: float):
+        """transport: how it takes weights from rank 0. timeout: seconds for an answer, where a call does not say."""
+        self.number, self.url, self.transport, self.timeout = number, url.rstrip("/"), transport, timeout
         self.ready = False
         self.load = 0  # completions under way
         self.process: subprocess.Popen | None = None
-        self.life = 0  # how often it was started, or found again
+        self.life = 0  # how often it came back
         self.log = Path()
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):  # no option: those are written to the run folder
+        if key := server_key():
             self._headers["Authorization"] = f"Bearer {key}"
 
-    def call(self, path: str, body: dict | None = None, *, timeout: float, method: str = "POST") -> Any:
+    def call(self, path: str, body: dict | None = None, *, timeout: float = 0, method: str = "POST") -> Any:
         """The answer to one request.
 
         Raises:
@@ -89,7 +91,7 @@ class Server:
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self.url + path, data, self._headers, method=method)
         try:
-            with _OPENER.open(request, timeout=timeout) as answer:
+            with _OPENER.open(request, timeout=timeout or self.timeout) as answer:
                 text = answer.read().decode()
                 return json.loads(text) if text[:1] in ("{", "[") else text
         except urllib.error.HTTPError as error:
@@ -98,24 +100,32 @@ class Server:
                 raise ServerLostError(f"{self.url}: {text[:200]}") from error
             if error.code == 401:
                 raise ValueError(f"{self.url} asks for another key: set VLLM_API_KEY in the environment.") from error
-            raise RuntimeError(f"{self.url}{path} answered {error.code}: {_message(text)}") from error
+            words = re.search(r'"(?:message|error)": ?"((?:[^"\\]|\\.)*)"', text)
+            said = json.loads(f'"{words[1]}"') if words else text
+            raise RuntimeError(f"{self.url}{path} answered {error.code}: {said[:500]}") from error
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             raise ServerLostError(f"{self.url}{path}: {type(error).__name__} {error}") from error
 
-    def control(self, timeout: float, method: str, **arguments: Any) -> None:
+    def control(self, method: str, **arguments: Any) -> None:
         """A call of the weight-update protocol."""
-        self.call(f"/{method}", arguments or None, timeout=timeout)
+        self.call(f"/{method}", arguments or None)
 
-    def start(self, options: list[str], gpus: str | None, log: Path) -> None:
+    def models(self) -> list[dict]:
+        """What it serves: its model, and the adapters on it."""
+        return self.call("/v1/models", timeout=30, method="GET")["data"]
+
+    def join(self) -> None:
+        """Its workers and this process meet, for the weights to come."""
+        self.transport.open(self.control, self.call("/get_world_size", timeout=30, method="GET")["world_size"])
+
+    def start(self, options: list[str], log: Path) -> None:
         """Starts the process; it ends with this one."""
         self.log = log
-        self.life += 1
-        log.parent.mkdir(parents=True, exist_ok=True)
         host, port = self.url.removeprefix("http://").split(":")
         command = [sys.executable, str(_LAUNCHER), f"--parent={os.getpid()}", f"--host={host}", f"--port={port}"]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, *([f"--gpus={gpus}"] if gpus else []), *options],
+                [*command, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -153,16 +163,6 @@ class Server:
                 time.sleep(_POLL_SECONDS)
 
 
-def _message(text: str) -> str:
-    """The error's words in the body of an answer."""
-    try:
-        error = json.loads(text)
-    except json.JSONDecodeError:
-        return text[:500]
-    error = error.get("error", error) if isinstance(error, dict) else error
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
-
-
 def _why_it_ended(log: str, path: Path) -> Exception:
     """What a server's log says about its end."""
     if "ddress already in use" in log:
@@ -189,6 +189,7 @@ class VllmServerEngine:
         self.weight_version = 0
         self._served = served
         self._config = served.config
+        self._servers: list[Server] = []
         self._serves = False  # whether the last sync went through
         self._announced = 0  # newest version that a server may have by now
         self._snapshot: dict[str, torch.Tensor] = {}  # what was sent last, for servers that come back
@@ -197,112 +198,117 @@ class VllmServerEngine:
         self._changed = threading.Condition()  # a server became ready or free, or everything failed
         self._failure: Exception | None = None
         self._closing = threading.Event()
-        distributed = torch.distributed.is_initialized()
-        self._rank = torch.distributed.get_rank() if distributed else 0
-        shared: list[Any] = [None]
-        error: Exception | None = None
+        self._distributed = torch.distributed.is_initialized()
+        self._rank = torch.distributed.get_rank() if self._distributed else 0
+        place = served.config.sync_dir or str(served.folder)
+        self._folder = f"{place if '://' in place else Path(place).resolve()}/sync-{secrets.token_hex(4)}"
+        known: Any = None
         if self._rank == 0:
             try:
-                shared = [self._open()]
-            except Exception as caught:
+                known = self._open()
+            except Exception as error:
                 self.close()
-                error, shared = caught, [str(caught)]
-        if distributed:
-            torch.distributed.broadcast_object_list(shared, src=0)
-        if error is not None:
-            raise error
-        if isinstance(shared[0], str):
-            raise ValueError(shared[0])
-        urls, self._run, self._folder, self.max_model_len = shared[0]
+                known = error
+        known = self._agree(known)
+        if isinstance(known, Exception):
+            raise known
+        urls, self._run, self.max_model_len = known
         if self._rank != 0:
-            self._servers = [Server(url, None) for url in urls]
+            self._servers = [
+                Server(*numbered, Transport(), self._config.server_timeout) for numbered in enumerate(urls)
+            ]
+        atexit.register(self.close)
         for server in self._servers:
             server.ready = True
-        atexit.register(self.close)
-        for number in range(len(self._servers)):
-            threading.Thread(target=self._watch, args=(number,), daemon=True, name=f"vllm-server-{number}").start()
+            threading.Thread(target=self._watch, args=(server,), daemon=True, name=f"watch-{server.url}").start()
+
+    def _agree(self, said: Any) -> Any:
+        """What rank 0 says, on every rank."""
+        told = [said]
+        if self._distributed:
+            torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def _ready(self) -> list[Server]:
+        return [server for server in self._servers if server.ready]
 
     # ---- starting ----------------------------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[list[str], str, Path, int]:
-        """Servers that answer, and what all ranks have to know of them."""
+    def _open(self) -> tuple[list[str], str, int]:
+        """Servers that answer, and what all ranks have to know of them: addresses, the run's name, a context length."""
         config = self._config
-        folder = Path(config.sync_dir).resolve() if config.sync_dir else self._served.folder
-        folder = folder / f"sync-{secrets.token_hex(4)}"
-        self._folder = folder
-        kind = config.weight_transfer
-        if kind == "auto":
-            kind = "gloo" if self._served.device == "cpu" else "ipc" if self._shares_gpus() else "nccl"
-        if kind == "ipc" and config.vllm_tensor_parallel_size > 1:
+        if self._served.adapter and "://" in self._folder:
             raise ValueError(
-                "weight_transfer ipc reaches one GPU, and vllm_tensor_parallel_size is above 1: use nccl or file."
+                f"sync_dir is {config.sync_dir}, and vLLM reads adapters from folders: set weight_sync to full, or "
+                "sync_dir to a folder that trainer and servers both see."
             )
-        self._servers = []
-        for number in range(len(config.server_urls) or config.num_servers):
-            if config.server_urls:
-                url = config.server_urls[number]
-            else:
-                port = config.server_port + number if config.server_port else free_port()
-                if config.server_port and _in_use(port):
-                    raise ValueError(f"port {port} is in use by another program: change server_port (0: any free one).")
-                url = f"http://127.0.0.1:{port}"
-            host = url.split("//")[1].split(":")[0].split("/")[0]
-            transport: Transport
-            if kind == "file":
-                transport = FileTransport(folder / f"server-{number}")
-            elif kind == "ipc":
-                transport = IpcTransport()
-            else:
-                transport = BroadcastTransport(kind, host=_own_address(host), timeout=config.server_timeout)
-            self._servers.append(Server(url, transport))
-        with ThreadPoolExecutor(len(self._servers)) as pool:
-            list(pool.map(self._bring_up, range(len(self._servers))))
+        urls = list(config.server_urls)
+        for number in range(0 if urls else config.num_servers):
+            port = config.server_port + number if config.server_port else free_port()
+            if config.server_port and _in_use(port):
+                raise ValueError(f"port {port} is in use by another program: change server_port (0: any free one).")
+            urls.append(f"http://127.0.0.1:{port}")
+        for number, url in enumerate(urls):
+            self._servers.append(Server(number, url, self._transport(number, url), config.server_timeout))
+        with ThreadPoolExecutor(len(urls)) as pool:
+            list(pool.map(self._bring_up, self._servers))
         if config.server_urls:
             for server in self._servers:
                 self._check_identity(server)
-        lengths = [self._models(server)[0]["max_model_len"] for server in self._servers]
-        return [server.url for server in self._servers], secrets.token_hex(4), folder, min(lengths)
+        length = min(server.models()[0]["max_model_len"] for server in self._servers)
+        return [server.url for server in self._servers], secrets.token_hex(4), length
 
-    def _bring_up(self, number: int) -> None:
-        """Server `number` answers and is joined to its transport. One of ours is started."""
-        server, config = self._servers[number], self._config
-        assert server.transport is not None
-        if not config.server_urls:
-            options = [f"--served-model-name={_NAME}"]
-            options += [f"--weight-transfer-config={json.dumps({'backend': server.transport.backend})}"]
-            for name, value in self._served.arguments(colocated=False).items():
-                flag = f"--{name.replace('_', '-')}"
-                if name != "tensor_parallel_size" or value > 1:
-                    no = f"--no-{flag[2:]}"
-                    options.append(flag if value is True else no if value is False else f"{flag}={value}")
-            log = self._served.folder / f"server-{number}.log"
-            for attempt in range(_STARTS):
-                server.start(options, self._gpus(number), log)
-                try:
-                    server.wait_until_up(config.server_timeout)
-                    break
-                except ServerLostError as error:
-                    server.kill()
-                    if attempt + 1 == _STARTS:
-                        raise ServerLostError(f"a vLLM server could not be started: {error}") from error
-                    if not config.server_port:
-                        server.url = f"http://127.0.0.1:{free_port()}"
-        else:
+    def _transport(self, number: int, url: str) -> Transport:
+        kind = self._config.weight_transfer
+        if kind == "auto":
+            shares_gpus = not self._config.server_urls and self._gpus(0) is None
+            kind = "gloo" if self._served.device == "cpu" else "ipc" if shares_gpus else "nccl"
+        if kind == "file":
+            return FileTransport(f"{self._folder}/server-{number}")
+        if kind == "ipc":
+            if self._config.vllm_tensor_parallel_size > 1:
+                raise ValueError(
+                    "weight_transfer ipc reaches one GPU, and vllm_tensor_parallel_size is above 1: use nccl or file."
+                )
+            return IpcTransport()
+        return BroadcastTransport(kind, host=_own_address(url), timeout=self._config.server_timeout)
+
+    def _bring_up(self, server: Server) -> None:
+        """The server answers and is joined to its transport. One of ours is started."""
+        if self._config.server_urls:
             try:
                 server.wait_until_up(10)
             except ServerLostError as error:
                 raise ValueError(f"server_urls: {server.url} does not answer; start it, or correct it.") from error
+        else:
+            self._start(server)
         try:
-            size = server.call("/get_world_size", timeout=30, method="GET")["world_size"]
-            server.transport.open(partial(server.control, config.server_timeout), size)
+            server.join()
         except RuntimeError as error:
-            raise ValueError(
-                f"{server.url} takes no weights ({error}): start it with launch/vllm_server.py and "
-                f'--weight-transfer-config \'{{"backend": "{server.transport.backend}"}}\'.'
-            ) from error
+            raise ValueError(f"a server takes no weights ({error}): start it with launch/vllm_server.py.") from error
 
-    def _shares_gpus(self) -> bool:
-        return not self._config.server_urls and self._gpus(0) is None
+    def _start(self, server: Server) -> None:
+        options = [f"--served-model-name={_NAME}"]
+        if gpus := self._gpus(server.number):
+            options.append(f"--gpus={gpus}")
+        if server.transport.kind == "ipc":
+            options.append("--ipc")
+        for name, value in self._served.arguments(colocated=False).items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                options.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                options.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+        for attempt in range(_STARTS):
+            server.start(options, self._served.folder / f"server-{server.number}.log")
+            try:
+                return server.wait_until_up(server.timeout)
+            except ServerLostError as error:
+                server.kill()
+                if attempt + 1 == _STARTS:
+                    raise ServerLostError(f"a vLLM server could not be started: {error}") from error
+                if not self._config.server_port:
+                    server.url = f"http://127.0.0.1:{free_port()}"
 
     def _gpus(self, number: int) -> str | None:
         """The GPUs of server `number`: those after the trainer's; None (shared with it) where they do not suffice."""
@@ -315,12 +321,9 @@ class VllmServerEngine:
         first = world + number * size
         return ",".join(str(gpu) for gpu in range(first, first + size))
 
-    def _models(self, server: Server) -> list[dict]:
-        return server.call("/v1/models", timeout=30, method="GET")["data"]
-
     def _check_identity(self, server: Server) -> None:
         """Raise ValueError where a running server serves another model, or reads text otherwise."""
-        name = self._models(server)[0]["id"]
+        name = server.models()[0]["id"]
         try:
             settings = server.call("/server_info?config_format=json", timeout=60, method="GET")["vllm_config"]
         except RuntimeError as error:
@@ -360,46 +363,45 @@ class VllmServerEngine:
         """
         start = time.perf_counter()
         policy, served = unwrapped(policy), self._served
-        outcome: list[Any] = [None]
+        tensors = size = 0
         with self._weights_lock, torch.no_grad():
             version = self._announced = self.weight_version + 1
-            tensors = size = 0
+            failure: Exception | None = None
             try:
                 if not served.adapter or not self.weight_version:
-                    stream = base_weights(policy, served.dtype) if served.adapter else None
-                    tensors, size = self._send(stream or iter_weights(policy, dtype=served.dtype), version)
+                    weights = iter_weights(policy, dtype=served.dtype, adapter=not served.adapter)
+                    tensors, size = self._send(weights, version)
                 if served.adapter:
                     count, adapter_bytes = self._send_adapter(policy, version)
                     tensors, size = tensors + count, size + adapter_bytes
             except (ValueError, RuntimeError) as error:
-                outcome, self._serves = [error], False
-            if torch.distributed.is_initialized():
-                torch.distributed.broadcast_object_list(outcome, src=0)
-            if outcome[0] is not None:
-                raise outcome[0]
-            self.weight_version, self._serves = version, True
+                failure = error
+            failure = self._agree(failure)
+            self._serves = failure is None
+            if failure is not None:
+                raise failure
+            self.weight_version = version
         if self._rank == 0:
-            self._wait_for_one()
+            self._wait_for(self._ready)
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
 
-    def _send(self, stream: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
-        """All of `stream` to all servers, bucket by bucket; the other ranks only help to gather."""
+    def _send(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
+        """All weights to all servers, bucket by bucket; the other ranks only help to gather."""
         tensors = size = 0
-        taking: list[Server] | None = None
-        with ThreadPoolExecutor(1) as pool:  # vLLM takes 20 ms to pause, and the copy is made meanwhile
-            ready = [server for server in getattr(self, "_servers", ()) if server.ready]
-            beginning = pool.submit(self._each, ready, self._begin)
-            for bucket in buckets(stream):
+        taking = self._each(self._ready(), self._begin)
+        with ThreadPoolExecutor(1) as pool:
+            for bucket in buckets(weights):
                 tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
                 if self._rank == 0:
-                    self._remember(bucket)
-                    taking = beginning.result() if taking is None else taking
+                    copied = pool.submit(self._remember, bucket)
                     taking = self._each(taking, partial(self._send_bucket, bucket=bucket))
+                    copied.result()
         if len(self._snapshot) > tensors > 0:
             raise ValueError(f"{tensors} tensors were sent, and {len(self._snapshot)} before: weights are missing.")
-        self._each(taking or [], partial(self._finish, version=version))
+        self._each(taking, partial(self._finish, version=version))
         return tensors, size
 
+    @torch.no_grad()  # in a thread of its own
     def _remember(self, bucket: Bucket) -> None:
         """Keeps a copy in host memory, for a server that has to be given the same weights later."""
         for name, tensor in bucket:
@@ -425,7 +427,7 @@ class VllmServerEngine:
             if error is None:
                 done.append(server)
             elif isinstance(error, RuntimeError) and any(words in str(error) for words in _MISFITS):
-                give_up(partial(server.control, self._config.server_timeout))
+                give_up(server.control)
                 raise ValueError(f"vLLM refused the policy's weights: {error}") from error
             elif isinstance(error, ServerLostError | RuntimeError):
                 self._lose(server, server.life, error)
@@ -434,28 +436,26 @@ class VllmServerEngine:
         return done
 
     def _begin(self, server: Server) -> None:
-        server.call("/pause?mode=keep&clear_cache=true", timeout=self._config.server_timeout)
-        server.control(self._config.server_timeout, "start_weight_update")
+        server.call("/pause?mode=keep&clear_cache=true")
+        server.control("start_weight_update")
 
     def _send_bucket(self, server: Server, bucket: Bucket) -> None:
-        assert server.transport is not None
-        server.transport.send(partial(server.control, self._config.server_timeout), bucket)
+        server.transport.send(server.control, bucket)
 
     def _finish(self, server: Server, version: int) -> None:
-        timeout = self._config.server_timeout
-        server.control(timeout, "finish_weight_update", weight_version=f"{self._run}:{version}")
-        if not server.call("/reset_prefix_cache?reset_running_requests=true", timeout=timeout)["success"]:
+        server.control("finish_weight_update", weight_version=f"{self._run}:{version}")
+        if not server.call("/reset_prefix_cache?reset_running_requests=true")["success"]:
             raise RuntimeError(f"{server.url} kept keys and values of the old weights.")
-        server.call("/resume", timeout=timeout)
+        server.call("/resume")
 
     def _send_adapter(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
-        folder = self._folder / f"adapter-{version}"
+        folder = Path(self._folder) / f"adapter-{version}"
         report = write_adapter(policy, folder, writes=self._rank == 0)
         if self._rank == 0:
             self._adapters.append((version, folder))
-            self._each([s for s in self._servers if s.ready], partial(self._load_adapter, version=version))
+            self._each(self._ready(), partial(self._load_adapter, version=version, folder=folder))
             for old, path in self._adapters[:-2]:  # what was sampled from the last one may still be on its way
-                self._each([s for s in self._servers if s.ready], partial(self._drop_adapter, version=old))
+                self._each(self._ready(), partial(self._drop_adapter, version=old))
                 shutil.rmtree(path, ignore_errors=True)
             del self._adapters[:-2]
         return report
@@ -463,14 +463,11 @@ class VllmServerEngine:
     def _adapter_name(self, version: int) -> str:
         return f"{self._run}-{version}"
 
-    def _load_adapter(self, server: Server, version: int) -> None:
-        path = next(path for number, path in self._adapters if number == version)
-        body = {"lora_name": self._adapter_name(version), "lora_path": str(path)}
-        server.call("/v1/load_lora_adapter", body, timeout=self._config.server_timeout)
+    def _load_adapter(self, server: Server, version: int, folder: Path) -> None:
+        server.call("/v1/load_lora_adapter", {"lora_name": self._adapter_name(version), "lora_path": str(folder)})
 
     def _drop_adapter(self, server: Server, version: int) -> None:
-        body = {"lora_name": self._adapter_name(version)}
-        server.call("/v1/unload_lora_adapter", body, timeout=self._config.server_timeout)
+        server.call("/v1/unload_lora_adapter", {"lora_name": self._adapter_name(version)})
 
     # ---- faults ------------------------------------------------------------------------------------------------------
 
@@ -484,44 +481,35 @@ class VllmServerEngine:
                     server.kill()
             self._changed.notify_all()
 
-    def _watch(self, number: int) -> None:
-        """Brings server `number` back, as long as the engine lives."""
-        server = self._servers[number]
+    def _watch(self, server: Server) -> None:
+        """Brings the server back, as often as it is lost."""
         while not self._closing.wait(_POLL_SECONDS):
             died = server.process is not None and server.process.poll() is not None
             if (server.ready and not died) or self._closing.is_set():
                 continue
             server.ready = False
             try:
-                self._bring_back(number)
+                self._bring_back(server)
                 self._failure = None
             except ServerLostError:
                 continue
             except Exception as error:
-                if self._closing.is_set():
-                    return
                 self._failure = error
             with self._changed:
                 self._changed.notify_all()
 
-    def _bring_back(self, number: int) -> None:
-        """Starts server `number` again (or finds it alive), and gives it what all serve."""
-        server = self._servers[number]
+    def _bring_back(self, server: Server) -> None:
+        """Starts the server again (or finds it alive), and gives it what all serve."""
         if self._rank != 0:
             self._check_current(server)
         elif server.process is not None:
             server.kill()  # what is left of it
-            self._bring_up(number)
+            self._bring_up(server)
         else:
-            server.call("/health", timeout=5, method="GET")
-            assert server.transport is not None
-            size = server.call("/get_world_size", timeout=30, method="GET")["world_size"]
-            server.transport.open(partial(server.control, self._config.server_timeout), size)
-        if self._rank == 0:
-            with self._weights_lock:
+            server.join()
+        with self._weights_lock:
+            if self._rank == 0:
                 self._send_again(server)
-                server.ready = True
-        else:
             server.life += 1
             server.ready = True
 
@@ -529,40 +517,46 @@ class VllmServerEngine:
         """The weights of the last sync, from the copy."""
         if not self._snapshot:
             return
-        base = self._adapters and 1 or self.weight_version
         self._begin(server)
         for bucket in buckets(self._snapshot.items()):
             self._send_bucket(server, bucket)
-        self._finish(server, base)
-        loaded = {model["id"] for model in self._models(server)}
-        for version, _ in self._adapters:
+        self._finish(server, 1 if self._served.adapter else self.weight_version)
+        loaded = {model["id"] for model in server.models()}
+        for version, folder in self._adapters:
             if self._adapter_name(version) not in loaded:
-                self._load_adapter(server, version)
+                self._load_adapter(server, version, folder)
 
     def _check_current(self, server: Server) -> None:
         """Raise ServerLostError unless the server serves this run's present weights."""
         if self._served.adapter:
-            current = self._adapter_name(self.weight_version) in {model["id"] for model in self._models(server)}
+            current = self._adapter_name(self.weight_version) in {model["id"] for model in server.models()}
         else:
             label = server.call("/weight_info", timeout=5, method="GET")["weight_version"]
             current = label == f"{self._run}:{self.weight_version}"
         if not current:
             raise ServerLostError(f"{server.url} does not have the weights yet")
 
-    def _wait_for_one(self) -> None:
-        """Returns once a server has the present weights."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._failure or any(server.ready for server in self._servers), self._config.server_timeout
-            )
-        self._raise_if_failed()
+    def _wait_for(self, usable: Callable[[], list[Server]]) -> list[Server]:
+        """The usable servers, as soon as there is one.
 
-    def _raise_if_failed(self) -> None:
-        if any(server.ready for server in self._servers):
-            return
-        if self._failure is not None:
-            raise RuntimeError(f"a vLLM server died and could not be brought back: {self._failure}") from self._failure
-        raise RuntimeError(f"no vLLM server came back within {self._config.server_timeout:.0f} s (server_timeout).")
+        Raises:
+            RuntimeError: none is ready for too long, or cannot be brought back, or the engine is closed.
+        """
+        with self._changed:
+            deadline = time.monotonic() + self._config.server_timeout
+            while not (found := usable()):
+                if self._closing.is_set():
+                    raise RuntimeError("the engine was closed while it sampled.")
+                if self._ready():
+                    deadline = time.monotonic() + self._config.server_timeout  # full, not lost
+                elif error := self._failure:
+                    raise RuntimeError(f"a vLLM server died and could not be brought back: {error}") from error
+                elif time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"no vLLM server came back within {self._config.server_timeout:.0f} s (server_timeout)."
+                    )
+                self._changed.wait(1.0)
+            return found
 
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
@@ -638,21 +632,9 @@ class VllmServerEngine:
     def _take(self, count: int) -> Server:
         """The ready server with the fewest completions under way, as soon as one has room for `count`."""
         most = self._config.vllm_max_num_seqs
-
-        def free() -> list[Server]:
-            return [s for s in self._servers if s.ready and (s.load == 0 or s.load + count <= most)]
-
         with self._changed:
-            deadline = time.monotonic() + self._config.server_timeout
-            while not free():
-                if self._failure or self._closing.is_set() or time.monotonic() > deadline:
-                    self._raise_if_failed()
-                    if self._closing.is_set():
-                        raise RuntimeError("the engine was closed while it sampled.")
-                if any(server.ready for server in self._servers):
-                    deadline = time.monotonic() + self._config.server_timeout  # full, not lost
-                self._changed.wait(1.0)
-            server = min(free(), key=lambda candidate: candidate.load)
+            free = self._wait_for(lambda: [s for s in self._ready() if s.load == 0 or s.load + count <= most])
+            server = min(free, key=lambda candidate: candidate.load)
             server.load += count
             return server
 
@@ -680,30 +662,28 @@ class VllmServerEngine:
     def close(self) -> None:
         """Ends the servers that this run started."""
         self._closing.set()
-        for server in getattr(self, "_servers", ()):
+        for server in self._servers:
             if server.process is not None:
                 server.kill()
-            if server.transport is not None:
-                server.transport.close()
+            server.transport.close()
         if self._rank == 0:
-            shutil.rmtree(getattr(self, "_folder", self._served.folder), ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._served.folder, ignore_errors=True)
         with self._changed:
             self._changed.notify_all()
 
 
 def _in_use(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return True
     return False
 
 
-def _own_address(host: str) -> str:
-    """The address under which a server on `host` reaches this process."""
+def _own_address(url: str) -> str:
+    """The address under which a server at `url` reaches this process."""
+    host = urllib.parse.urlsplit(url).hostname or ""
     if host in ("127.0.0.1", "localhost"):
         return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing, only asks for the route

@@ -2,15 +2,14 @@
 
 A full update speaks vLLM's native protocol: init_weight_transfer_engine once, then start_weight_update, update_weights
 for each bucket, finish_weight_update. What travels in these calls are plain dicts; the tensors go beside them. vLLM
-finds the workers' end through the entry point `vllm.general_plugins` (`register`), in every process that it starts.
-
-Transports: `direct` (the same process), `gloo` (network, CPU), `nccl` (other GPUs), `ipc` (the same GPU), `file`.
+finds the workers' end through the entry point `vllm.general_plugins` (`register`), in every process that it starts. It
+is one back end, `plumbline`; the trainer says in the first call which way the tensors take: `direct` (the same
+process), `gloo` (network, CPU), `nccl` (other GPUs), `ipc` (the same GPU), `file`.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import pickle
 import socket
 from collections.abc import Iterable, Iterator
@@ -23,16 +22,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loops.shared.models import ADAPTER, reshard
+from loops.shared.models import ADAPTER
 from loops.shared.rollout.masks import score_before_masking
-from loops.shared.weights import iter_weights
+from loops.shared.weights import trained_tensors
 
 Bucket = list[tuple[str, Tensor]]
 
+BACKEND = "plumbline"
 BUCKET_BYTES = 512 * 2**20
 # Adapter ranks that vLLM has kernels for.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_PREFIX = "plumbline-"
 
 
 class Control(Protocol):
@@ -46,9 +45,7 @@ class Control(Protocol):
 
 def unwrapped(policy: nn.Module) -> nn.Module:
     """The policy without the wrapper of data-parallel training."""
-    while isinstance(policy, nn.parallel.DistributedDataParallel):
-        policy = policy.module
-    return policy
+    return policy.module if isinstance(policy, nn.parallel.DistributedDataParallel) else policy
 
 
 def unserved_adapter(policy: nn.Module) -> str | None:
@@ -90,50 +87,16 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int = BUCKET_BYTES) ->
         yield bucket
 
 
-def base_weights(policy: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """`iter_weights` of the base alone: what an adapter is added to, dequantised where it is quantised."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
-    scales = [layer.scaling[ADAPTER] for layer in layers]
-    try:
-        for layer in layers:
-            layer.scaling[ADAPTER] = 0.0
-        yield from iter_weights(policy, dtype=dtype)
-    finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scaling[ADAPTER] = scale
-
-
 def write_adapter(policy: Any, folder: Path, *, writes: bool) -> tuple[int, int]:
     """The adapter as vLLM reads it, in `folder`; returns (tensors, bytes).
 
     Every rank calls this, since shards are gathered by all; only one of them `writes`.
     """
     from safetensors.torch import save_file
-    from torch.distributed.tensor import DTensor
 
-    reshard(policy)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in policy.named_parameters():
-        if f".{ADAPTER}." not in name or "lora_" not in name:
-            continue
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        plain = [part for part in name.split(".") if part not in (ADAPTER, "_checkpoint_wrapped_module", "_orig_mod")]
-        tensors[".".join(plain)] = whole.detach().cpu().contiguous() if writes else whole
+    tensors = {name.replace(f".{ADAPTER}", ""): tensor.contiguous() for name, tensor in trained_tensors(policy, None)}
     if writes:
-        folder.mkdir(parents=True)
-        lora = policy.peft_config[ADAPTER]
-        names = lora.target_modules
-        settings = {
-            "peft_type": "LORA",
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "use_rslora": lora.use_rslora,
-            "target_modules": names if isinstance(names, str) else sorted(names),
-            "bias": "none",
-        }
-        (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        policy.peft_config[ADAPTER].save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return len(tensors), sum(tensor.nbytes for tensor in tensors.values())
 
@@ -141,84 +104,83 @@ def write_adapter(policy: Any, folder: Path, *, writes: bool) -> tuple[int, int]
 # ---- the trainer's end -----------------------------------------------------------------------------------------------
 
 
-def describe(bucket: Bucket) -> dict[str, list]:
-    """Names, dtypes and shapes of a bucket as they travel in `update_weights`."""
-    return {
-        "names": [name for name, _ in bucket],
-        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-        "shapes": [list(tensor.shape) for _, tensor in bucket],
-    }
-
-
-class DirectTransport:
+class Transport:
     """The same process: the tensors themselves ride in the call."""
 
-    backend = _PREFIX + "direct"
+    kind = "direct"
 
     def open(self, control: Control, world_size: int) -> None:
-        control("init_weight_transfer_engine", init_info={})
+        """Joins an engine of `world_size` workers; again where it came back."""
+        control("init_weight_transfer_engine", init_info={"kind": self.kind})
 
     def send(self, control: Control, bucket: Bucket) -> None:
+        """Returns once all workers have the bucket."""
         control("update_weights", update_info={"weights": bucket})
 
     def close(self) -> None:
-        pass
+        """Leaves nothing behind."""
 
 
-class FileTransport:
-    """Safetensors in a folder that both ends see: slow, and works everywhere."""
+class FileTransport(Transport):
+    """Safetensors in a folder that both ends see, or in an object store: slow, and works everywhere."""
 
-    backend = _PREFIX + "file"
+    kind = "file"
 
-    def __init__(self, folder: Path):
-        self._file = folder / "weights.safetensors"
-
-    def open(self, control: Control, world_size: int) -> None:
-        control("init_weight_transfer_engine", init_info={})
+    def __init__(self, folder: str):
+        self._file = f"{folder}/weights.safetensors"
 
     def send(self, control: Control, bucket: Bucket) -> None:
-        from safetensors.torch import save_file
+        from pyarrow.fs import FileSystem
+        from safetensors.torch import save
 
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu() for name, tensor in bucket}, self._file)
-        control("update_weights", update_info={"path": str(self._file)})
+        store, path = FileSystem.from_uri(self._file)
+        store.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with store.open_output_stream(path) as file:
+            file.write(save({name: tensor.cpu() for name, tensor in bucket}))
+        control("update_weights", update_info={"file": self._file})
 
     def close(self) -> None:
-        self._file.unlink(missing_ok=True)
+        from pyarrow.fs import FileSystem, FileType
+
+        store, path = FileSystem.from_uri(self._file)
+        if store.get_file_info(path).type == FileType.File:
+            store.delete_file(path)
 
 
-class BroadcastTransport:
+def read_tensors(file: str) -> dict[str, Tensor]:
+    """What `FileTransport` wrote."""
+    from pyarrow.fs import FileSystem
+    from safetensors.torch import load
+
+    store, path = FileSystem.from_uri(file)
+    with store.open_input_file(path) as stream:
+        return load(stream.read())
+
+
+class BroadcastTransport(Transport):
     """A process group of this process (rank 0) and an engine's workers, over gloo or NCCL."""
 
     def __init__(self, kind: str, *, host: str, timeout: float):
-        self.backend = _PREFIX + kind
-        self._kind, self._host, self._timeout = kind, host, timeout
+        self.kind, self._host, self._timeout = kind, host, timeout
         self._group: Any = None
 
     def open(self, control: Control, world_size: int) -> None:
         self.close()
+        meeting: dict[str, Any] = {"master_address": self._host, "world_size": world_size + 1}
         with _meanwhile() as start:
-            if self._kind == "gloo":
+            if self.kind == "gloo":
                 store = torch.distributed.TCPStore(
                     self._host, 0, world_size + 1, is_master=True, wait_for_workers=False, timeout=_span(self._timeout)
                 )
-                rendezvous = {"master_address": self._host, "master_port": store.port, "world_size": world_size + 1}
-                answer = start(
-                    control, "init_weight_transfer_engine", init_info={**rendezvous, "timeout": self._timeout}
-                )
+                meeting |= {"kind": "gloo", "master_port": store.port, "timeout": self._timeout}
+                answer = start(control, "init_weight_transfer_engine", init_info=meeting)
                 self._group = _gloo_group(store, 0, world_size + 1, self._timeout)
             else:
                 from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-                rendezvous = {
-                    "master_address": self._host,
-                    "master_port": free_port(),
-                    "world_size": world_size + 1,
-                }
-                answer = start(
-                    control, "init_weight_transfer_engine", init_info={**rendezvous, "rank_offset": 1, "packed": False}
-                )
-                self._group = trainer_init(rendezvous)
+                meeting |= {"kind": "nccl", "master_port": free_port()}
+                answer = start(control, "init_weight_transfer_engine", init_info=meeting)
+                self._group = trainer_init(meeting)
             answer.result()
 
     def send(self, control: Control, bucket: Bucket) -> None:
@@ -227,27 +189,19 @@ class BroadcastTransport:
             for _, tensor in bucket:
                 if answer.done():  # refused before anything was received: nobody would take the rest
                     break
-                if self._kind == "gloo":
-                    _broadcast(self._group, tensor.cpu())
-                else:
-                    self._group.broadcast(
-                        tensor.to(torch.cuda.current_device()), src=0, stream=torch.cuda.current_stream()
-                    )
+                _broadcast(self._group, tensor.cpu() if self.kind == "gloo" else tensor.cuda())
             answer.result()
 
     def close(self) -> None:
-        if self._group is not None and self._kind == "nccl":
+        if self._group is not None and self.kind == "nccl":
             self._group.destroy()
         self._group = None
 
 
-class IpcTransport:
+class IpcTransport(Transport):
     """CUDA memory of this process, opened by workers on the same GPU."""
 
-    backend = _PREFIX + "ipc"
-
-    def open(self, control: Control, world_size: int) -> None:
-        control("init_weight_transfer_engine", init_info={"packed": False})
+    kind = "ipc"
 
     def send(self, control: Control, bucket: Bucket) -> None:
         from torch.multiprocessing.reductions import reduce_tensor
@@ -259,8 +213,14 @@ class IpcTransport:
         control("update_weights", update_info={**describe(shared), "ipc_handles_pickled": pickled})
         torch.cuda.ipc_collect()
 
-    def close(self) -> None:
-        pass
+
+def describe(bucket: Bucket) -> dict[str, list]:
+    """Names, dtypes and shapes of a bucket as they travel in `update_weights`."""
+    return {
+        "names": [name for name, _ in bucket],
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+    }
 
 
 def give_up(control: Control) -> None:
@@ -271,13 +231,9 @@ def give_up(control: Control) -> None:
         return
 
 
-Transport = DirectTransport | FileTransport | BroadcastTransport | IpcTransport
-
-
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that nobody listens on at present."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+    with socket.create_server((host, 0)) as probe:
         return probe.getsockname()[1]
 
 
@@ -314,172 +270,120 @@ def _gloo_group(store: torch.distributed.Store, rank: int, world_size: int, time
 
 
 def _broadcast(group: Any, tensor: Tensor) -> None:
-    """The tensor of rank 0, in place."""
-    options = torch.distributed.BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
-    group.broadcast([tensor], options).wait()
+    """The tensor of rank 0, in place: by a gloo group of torch's, or by vLLM's NCCL."""
+    if isinstance(group, torch.distributed.ProcessGroupGloo):
+        options = torch.distributed.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        group.broadcast([tensor], options).wait()
+    else:
+        group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
 
 
 # ---- the workers' end ------------------------------------------------------------------------------------------------
 
 
 def register() -> None:
-    """Add the back ends to vLLM; the entry point of its plugins. Calling it again changes nothing."""
+    """Add the back end to vLLM; the entry point of its plugins. Calling it again changes nothing."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    for kind, engine in _worker_engines().items():
-        if _PREFIX + kind not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(_PREFIX + kind, engine)
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, _worker_end())
 
 
-def _worker_engines() -> dict[str, type]:
-    """Back ends by name. Made here because vLLM is imported only where it is used."""
+def _worker_end() -> type:
+    """The back end's class. Made here because vLLM is imported only where it is used."""
     from dataclasses import dataclass
 
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
+    from vllm.distributed.weight_transfer import nccl_common
+    from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    class Checked:
+    @dataclass
+    class Meeting(WeightTransferInitInfo):
+        kind: str
+        master_address: str = ""
+        master_port: int = 0
+        world_size: int = 0
+        timeout: float = 0.0
+
+    class WorkerEnd(IPCWeightTransferEngine):
         """vLLM's layerwise reload, which refuses an update that leaves parts of the model as they were."""
+
+        init_info_cls = Meeting
 
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
+            self.group: Any = None
             score_before_masking()
             if self.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
                 # Else the first bf16 forward of at most 4 tokens dies: vLLM has not asked for the tiles by then.
                 torch.cpu._init_amx()
 
-        def start_weight_update(self) -> None:
-            initialize_layerwise_reload(self.model)
+        def init_transfer_engine(self, init_info: Meeting) -> None:
+            host, port, size = init_info.master_address, init_info.master_port, init_info.world_size
+            config = self.parallel_config
+            if init_info.kind == "gloo":
+                rank = 1 + config.data_parallel_index * config.world_size + config.rank  # the trainer has 0
+                store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_span(init_info.timeout))
+                self.group = _gloo_group(store, rank, size, init_info.timeout)
+            elif init_info.kind == "nccl":
+                meeting = nccl_common.NCCLWeightTransferInitInfo(
+                    master_address=host, master_port=port, rank_offset=1, world_size=size
+                )
+                self.group = nccl_common.worker_init_process_group(meeting, config)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             try:
-                super().update_weights(update_info)
+                if "ipc_handles_pickled" in update_info:
+                    super().update_weights(update_info)
+                else:
+                    self._load(update_info)
             except Exception:
                 _abandon(self.model)
                 raise
+
+        def _load(self, update_info: dict[str, Any]) -> None:
+            tensors = self._tensors(update_info)
+            try:
+                self.model.load_weights(tensors)
+            finally:
+                for _ in tensors:  # the trainer broadcasts all of them, also those after one that is refused
+                    pass
+            torch.accelerator.synchronize()  # NCCL is asynchronous
+
+        def _tensors(self, update_info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+            if "weights" in update_info:
+                yield from update_info["weights"]
+            elif "file" in update_info:
+                yield from read_tensors(update_info["file"]).items()
+            elif "names" in update_info:
+                gloo = isinstance(self.group, torch.distributed.ProcessGroupGloo)
+                described = (update_info[key] for key in ("names", "dtype_names", "shapes"))
+                for name, dtype, shape in zip(*described, strict=True):
+                    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu" if gloo else self.device)
+                    _broadcast(self.group, tensor)
+                    yield name, tensor.to(self.device)
+            else:
+                raise ValueError("the trainer gave this update up.")
 
         def finish_weight_update(self) -> None:
             missing = _missing(self.model)
             if missing:
                 _abandon(self.model)
                 raise ValueError(f"the update left out weights of {', '.join(missing[:5])} ({len(missing)} modules).")
-            finalize_layerwise_reload(self.model, self.model_config)
+            super().finish_weight_update()
             head = getattr(self.model, "lm_head", None)
             if self.device.type == "cpu" and self.model_config.hf_text_config.tie_word_embeddings and head is not None:
                 # On a CPU a tied head has a packed copy of the embeddings, which the reload does not renew.
-                getattr(head, "base_layer", head).quant_method.process_weights_after_loading(
-                    getattr(head, "base_layer", head)
-                )
+                head = getattr(head, "base_layer", head)
+                head.quant_method.process_weights_after_loading(head)
 
         def shutdown(self) -> None:
-            pass
-
-    @dataclass
-    class Nothing(WeightTransferInitInfo):
-        pass
-
-    @dataclass
-    class Tensors(WeightTransferUpdateInfo):
-        weights: list
-
-    class Direct(Checked, WeightTransferEngine):
-        init_info_cls, update_info_cls = Nothing, Tensors
-
-        def init_transfer_engine(self, init_info: Nothing) -> None:
-            pass
-
-        def receive_weights(self, update_info: Tensors) -> None:
-            self.model.load_weights(update_info.weights)
-
-    @dataclass
-    class Safetensors(WeightTransferUpdateInfo):
-        path: str
-
-    class File(Checked, WeightTransferEngine):
-        init_info_cls, update_info_cls = Nothing, Safetensors
-
-        def init_transfer_engine(self, init_info: Nothing) -> None:
-            pass
-
-        def receive_weights(self, update_info: Safetensors) -> None:
-            from safetensors import safe_open
-
-            with safe_open(update_info.path, "pt") as file:
-                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-
-    @dataclass
-    class Rendezvous(WeightTransferInitInfo):
-        master_address: str
-        master_port: int
-        world_size: int
-        timeout: float
-
-    @dataclass
-    class Described(WeightTransferUpdateInfo):
-        names: list
-        dtype_names: list
-        shapes: list
-
-    class Broadcast(Checked, WeightTransferEngine):
-        update_info_cls = Described
-        group: Any = None
-
-        def receive_weights(self, update_info: Described) -> None:
-            received = self._received(update_info)
-            try:
-                self.model.load_weights(received)
-            finally:
-                for _ in received:  # the trainer sends all of them, also those after one that is refused
-                    pass
-
-        def _received(self, update_info: Described) -> Iterator[tuple[str, Tensor]]:
-            described = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
-            for name, dtype, shape in described:
-                yield name, self.receive(shape, getattr(torch, dtype))
-
-    class Gloo(Broadcast):
-        init_info_cls = Rendezvous
-
-        def init_transfer_engine(self, init_info: Rendezvous) -> None:
-            config = self.parallel_config
-            rank = 1 + config.data_parallel_index * config.world_size + config.rank  # the trainer has 0
-            store = torch.distributed.TCPStore(
-                init_info.master_address, init_info.master_port, is_master=False, timeout=_span(init_info.timeout)
-            )
-            self.group = _gloo_group(store, rank, init_info.world_size, init_info.timeout)
-
-        def receive(self, shape: list[int], dtype: torch.dtype) -> Tensor:
-            tensor = torch.empty(shape, dtype=dtype, device="cpu")
-            _broadcast(self.group, tensor)
-            return tensor.to(self.device)
-
-    class Nccl(Broadcast):
-        init_info_cls = NCCLWeightTransferInitInfo
-
-        def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
-            self.group = worker_init_process_group(init_info, self.parallel_config)
-
-        def receive(self, shape: list[int], dtype: torch.dtype) -> Tensor:
-            tensor = torch.empty(shape, dtype=dtype, device=self.device)
-            self.group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
-            return tensor
-
-        def shutdown(self) -> None:
-            if self.group is not None:
+            super().shutdown()
+            if hasattr(self.group, "destroy"):  # NCCL
                 self.group.destroy()
 
-    class Ipc(Checked, IPCWeightTransferEngine):
-        def shutdown(self) -> None:
-            self._packed_importer.close()
-
-    return {"direct": Direct, "file": File, "gloo": Gloo, "nccl": Nccl, "ipc": Ipc}
+    return WorkerEnd
 
 
 def _abandon(model: nn.Module) -> None:

@@ -645,6 +645,29 @@ def test_a_running_server_is_used_and_one_with_another_key_tokenizer_or_mode_ref
     assert mismatch(policy, prompts, draw(server, prompts)) <= TOLERANCE
 
 
+def test_a_running_server_that_missed_half_an_update_gets_it_whole(server, policy, tokenizer, prompts, monkeypatch):
+    """It lives, and is not ours to start again: the update that it is in the middle of is given up first."""
+    known = RolloutConfig(engine="vllm-server", server_urls=[server._servers[0].url], weight_transfer="file")
+    built = build_engine(known, policy, tokenizer)
+    built.sync(policy)
+    sent, failed = built._servers[0].transport.send, []
+
+    def fails_once(control: Any, bucket: Any) -> None:
+        sent(control, bucket if failed else bucket[:3])
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(built._servers[0].transport, "send", fails_once)
+    train_a_step(policy, 10, size=0.004)
+    report = built.sync(policy)
+    groups = draw(built, prompts)
+    assert failed and groups[0][0].weight_version == report.weight_version
+    assert mismatch(policy, prompts, groups) <= TOLERANCE
+    built.close()
+    server.sync(policy)
+
+
 def test_adapters_over_http_and_two_servers_share_the_load(tokenizer, prompts):
     """One of two servers is killed for good measure: the other serves on."""
     policy = adapted()

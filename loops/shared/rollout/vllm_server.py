@@ -374,7 +374,7 @@ class VllmServerEngine:
                 if served.adapter:
                     count, adapter_bytes = self._send_adapter(policy, version)
                     tensors, size = tensors + count, size + adapter_bytes
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:
                 failure = error
             failure = self._agree(failure)
             self._serves = failure is None
@@ -507,6 +507,7 @@ class VllmServerEngine:
             self._bring_up(server)
         else:
             server.join()
+            give_up(server.control)  # an update that it was in the middle of
         with self._weights_lock:
             if self._rank == 0:
                 self._send_again(server)

@@ -1,6 +1,6 @@
 """Whole runs of GRPO with every rollout engine: do they learn alike, what does overlap save, what do kills cost?
 
-    python benchmarks/rollouts.py learn --seeds 42 43 44      # quickstart, four set-ups: accuracy and reward curves
+    python benchmarks/rollouts.py learn --seeds 42 43 44      # quickstart, every set-up: accuracy and reward curves
     python benchmarks/rollouts.py syncs --syncs 100           # how exactly is each synced policy served?
     python benchmarks/rollouts.py overlap                     # async_level 1 against 0, a core for each side
     python benchmarks/rollouts.py kills --kills 50            # a run whose servers are killed all the time
@@ -56,6 +56,7 @@ SETUPS = {
     "transformers": ["--engine", "transformers"],
     "vllm": ["--engine", "vllm"],
     "vllm-server, full sync": ["--engine", "vllm-server", "--weight_sync", "full"],
+    "transformers, adapter": ["--engine", "transformers", *LORA],
     "vllm-server, adapter sync": ["--engine", "vllm-server", "--weight_sync", "adapter", *LORA],
 }
 ADAPTED = {"lora_r": 4, "lora_alpha": 8.0}
@@ -208,14 +209,16 @@ def learn(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
         shown = " ".join(f"{value:.3f}" for value in finals)
         cells = f"{shown} | **{mean(finals):.3f}** | {median(times):.3g} s | {1e3 * median(syncs):.3g} ms"
         lines.append(f"| {setup} | {cells} |")
-    full = [setup for setup in options.setups if "adapter" not in setup]
-    if len(full) > 1:
-        means = {setup: [mean(values) for values in zip(*curves[setup], strict=True)] for setup in full}
-        between = max(apart(means[a], means[b]) for a in full for b in full)
-        lines += ["", f"Reward, mean of every {WINDOW} steps: curves of the set-ups that train all weights are "]
+    for what in ("all weights", "adapters"):
+        alike = [setup for setup in options.setups if ("adapter" in setup) == (what == "adapters")]
+        if len(alike) < 2:
+            continue
+        means = {setup: [mean(values) for values in zip(*curves[setup], strict=True)] for setup in alike}
+        between = max(apart(means[a], means[b]) for a in alike for b in alike)
+        lines += ["", f"Reward, mean of every {WINDOW} steps: curves of the set-ups that train {what} are "]
         lines[-1] += f"{between:.3f} apart at most (means over seeds)"
         if len(options.seeds) > 1:
-            within = max(apart(a, b) for setup in full for a in curves[setup] for b in curves[setup])
+            within = max(apart(a, b) for setup in alike for a in curves[setup] for b in curves[setup])
             lines[-1] += f"; two seeds of one set-up {within:.3f}"
             fine &= between <= within
         lines[-1] += "."

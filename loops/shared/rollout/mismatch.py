@@ -19,8 +19,8 @@ def explain_mismatch(sampled: torch.Tensor, scored: torch.Tensor, tokens: torch.
     if gap[worst].abs() <= limit:
         return None
     return (
-        f"token {int(tokens[worst])} (number {worst} of {len(gap)}) has log-probability {float(sampled[worst]):.4f} in "
-        f"the sampler and {float(scored[worst]):.4f} in the trainer, further apart than {limit:g} (max_mismatch); "
+        f"token {int(tokens[worst])} (number {worst} of {len(gap)}) has log-probability {float(sampled[worst]):.6f} in "
+        f"the sampler and {float(scored[worst]):.6f} in the trainer, further apart than {limit:g} (max_mismatch); "
         f"likely {likely_cause(sampled.double(), scored.double(), limit)}."
     )
 

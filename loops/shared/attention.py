@@ -3,7 +3,7 @@
 A function registered with transformers' attention interface. Ordinary calls (generation, the plain padded forward) pass
 through to sdpa; a call that carries a `layout` keyword attends segment by segment: queries of a segment see its prefix,
 then themselves, causally. Every token's query, key and value is computed once; only keys and values are gathered again
-for each segment that continues a shared prefix.
+for each segment that continues a shared prefix. On a CPU both scale queries first, as vLLM does.
 
 With a flash kernel (CUDA, 16-bit): one variable-length call over all segments. Elsewhere: segments of like size are
 gathered into a few padded buckets, one SDPA call each.
@@ -210,6 +210,8 @@ def packed_attention(
 
     Raises NotPackable, by name, for what a packed batch does not carry: position biases, bidirectional layers.
     """
+    if softcap is None and s_aux is None:
+        query, scaling = _scaled_first(query, scaling)
     if layout is None:
         if softcap is not None or s_aux is not None:
             if attention_mask is None:
@@ -277,6 +279,17 @@ def packed_attention(
         outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], v.shape[-1]))
     flat = outs[0] if len(outs) == 1 else torch.cat(outs)
     return flat.index_select(0, place)[None], None
+
+
+def _scaled_first(query: Tensor, scaling: float | None) -> tuple[Tensor, float | None]:
+    """(queries, scale that is left): in float32 on a CPU the queries take the scale, as in vLLM's kernel there.
+
+    SDPA multiplies the scores instead. Neither is closer to the exact result, but where the scale is no power of two
+    they round differently, and trainer and sampler would be that far apart in every layer.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return query, scaling
+    return query * (query.shape[-1] ** -0.5 if scaling is None else scaling), 1.0
 
 
 def _explicit(q, k, v, mask, scaling, softcap, s_aux, dropout) -> Tensor:

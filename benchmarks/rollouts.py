@@ -403,7 +403,8 @@ def speed(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
 
 
 def syncs(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
-    """A policy that moves and is synced again and again: how far are the log-probabilities of what is sampled then?
+    """A policy that moves and is synced again and again: how far are the log-probabilities of what is sampled then from
+    those of the forward that trains?
 
     Both sides round to float32; how far each is from the same weights in float64 says what of it is rounding.
     """
@@ -411,7 +412,9 @@ def syncs(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from data.pack import pack_groups
     from loops.shared.models import ModelConfig, build_policy
+    from loops.shared.policy import enable_packing, score
     from loops.shared.rollout import RolloutConfig, Sampling, build_engine
     from loops.shared.weights import iter_weights
 
@@ -422,18 +425,19 @@ def syncs(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
     prompts.append(prompts[0] * 10)  # longer than a block of the prefix cache: old keys would show
     sampling = Sampling(max_completion_length=16)
     lines = [
-        "| what is synced | syncs | tokens | worst difference of a token, nats | sampler and trainer from float64 "
-        "| frozen bytes | tensors, bytes a sync |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| what is synced | syncs | tokens | differences, nats: root mean square | worst | sampler and trainer "
+        "from float64 | frozen bytes | tensors, bytes a sync |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     fine = True
     for what in options.kinds:
         engine_name, sync, fields = SYNCED[what]
         shape = ModelConfig(model_id=str(MODEL), torch_dtype="float32", **fields)
         policy = build_policy(shape, seed=0, device="cpu").eval()
-        frozen, tokens, worst = frozen_bytes(policy), 0, torch.zeros(3, dtype=torch.float64)
+        enable_packing(policy)
+        frozen, gaps = frozen_bytes(policy), []
         engine = build_engine(RolloutConfig(engine=engine_name, weight_sync=sync), policy, tokenizer)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(options.seed)
         for number in range(options.syncs):
             move_weights(policy, generator, options.step or (2e-3 if fields["lora_r"] else 2e-4))
             report = engine.sync(policy)
@@ -441,21 +445,23 @@ def syncs(options: argparse.Namespace, folder: Path) -> tuple[list[str], bool]:
             groups = engine.sample(prompts, n=2, sampling=sampling, seed=number, prompt_numbers=numbers)
             weights = dict(iter_weights(policy, dtype=torch.float64))
             exact.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights)  # a tied head
-            for prompt, group in zip(prompts, groups, strict=True):
-                for one in group:
-                    sampler = torch.tensor(one.logprobs).double()
-                    trainer, true = scored(policy, prompt, one.token_ids), scored(exact, prompt, one.token_ids)
-                    gaps = torch.stack([sampler - trainer, sampler - true, trainer - true]).abs().amax(1)
-                    worst = torch.maximum(worst, gaps)
-                    tokens += len(one.token_ids)
-                    fine &= one.weight_version == report.weight_version
+            asked = list(zip(prompts, groups, strict=True))
+            batch = pack_groups([(prompt, [one.token_ids for one in group]) for prompt, group in asked])
+            with torch.no_grad():
+                trainer = score(policy, batch).logprobs[batch.mask].double()
+            sampler = torch.tensor([value for group in groups for one in group for value in one.logprobs]).double()
+            true = torch.cat([scored(exact, prompt, one.token_ids) for prompt, group in asked for one in group])
+            gaps.append(torch.stack([sampler - trainer, sampler - true, trainer - true]))
+            fine &= all(one.weight_version == report.weight_version for group in groups for one in group)
         engine.close()
+        gap = torch.cat(gaps, 1)
+        spread, worst = float(gap[0].square().mean().sqrt()), gap.abs().amax(1).tolist()
         same = frozen == frozen_bytes(policy)
-        fine &= same and float(worst[0]) <= MISMATCH
+        fine &= same and worst[0] <= MISMATCH
         kept = ("the same" if same else "CHANGED") if fields["lora_r"] else "none"
         sent = f"{report.tensors}, {report.bytes:,}"
-        gap = "{:.3g} | {:.2g}, {:.2g}".format(*worst.tolist())
-        lines.append(f"| {what} | {options.syncs} | {tokens:,} | {gap} | {kept} | {sent} |")
+        shown = "{:.2g} | {:.3g} | {:.2g}, {:.2g}".format(spread, *worst)
+        lines.append(f"| {what} | {options.syncs} | {gap.shape[1]:,} | {shown} | {kept} | {sent} |")
         print(lines[-1], flush=True)
     return lines, fine
 
@@ -541,6 +547,7 @@ def parse_options() -> argparse.Namespace:
         "by how much weights move before each (default: the quickstart's learning rates, 2e-4 and for adapters 2e-3)"
     )
     five.add_argument("--step", type=float, help=moves)
+    five.add_argument("--seed", type=int, default=0, help="of the moves")
     five.add_argument("--kinds", nargs="+", choices=SYNCED, default=list(SYNCED))
     five.add_argument("--cores", type=int, default=1)
     for table in (two, four):

@@ -104,8 +104,8 @@ class Served:
         if tokenizer is not None:
             tokenizer.save_pretrained(self.model_folder)
 
-    def arguments(self, *, colocated: bool) -> dict[str, Any]:
-        """Arguments of vLLM's engine that do not depend on where it runs."""
+    def arguments(self, *, shares_gpu: bool) -> dict[str, Any]:
+        """Arguments of vLLM's engine; shares_gpu: the trainer has memory of the same GPUs."""
         config, on_cpu = self.config, self.device == "cpu"
         kv_cache_gib = config.vllm_kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else 0)
         arguments: dict[str, Any] = {
@@ -122,8 +122,8 @@ class Served:
         }
         if kv_cache_gib:
             arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
-        else:
-            arguments["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization or (0.3 if colocated else 0.9)
+        if not on_cpu:  # vLLM wants that much to be free, whatever keys and values get
+            arguments["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization or (0.3 if shares_gpu else 0.9)
         if on_cpu:
             # A seeded completion whose prompt is computed in pieces fails on a CPU, whose generators cannot go back.
             arguments |= {"enforce_eager": True, "enable_chunked_prefill": False}
@@ -220,6 +220,8 @@ def _dtype(
 
 def one_sentence(error: str) -> str | None:
     """What to change, where vLLM failed for want of memory or for a model it does not know; None elsewhere."""
+    if "less than desired GPU memory utilization" in error:
+        return "the GPU has less free memory than vllm_gpu_memory_utilization is of it: lower that, or free some."
     if any(words in error for words in ("KV cache", "cache blocks", "memory utilization", "out of memory")):
         return (
             "vLLM has too little memory for keys and values: raise vllm_kv_cache_gib (or vllm_gpu_memory_utilization), "
@@ -274,7 +276,7 @@ class VllmEngine:
         try:
             with torch.random.fork_rng(), _eager():  # vLLM seeds the process
                 return LLM(
-                    **self._served.arguments(colocated=True),
+                    **self._served.arguments(shares_gpu=True),
                     skip_tokenizer_init=self._served.tokenizer is None,
                     # By its class: a CPU would take several processes otherwise.
                     distributed_executor_backend=UniProcExecutor if alone else "external_launcher",
@@ -306,7 +308,7 @@ class VllmEngine:
                 self._llm.wake_up(tags=["weights"])
             tensors = size = 0
             if not served.adapter or not self._base_sent:
-                tensors, size = self._send(policy, version)
+                tensors, size = self._send(policy)
                 self._base_sent = True
             if served.adapter:
                 count, adapter_bytes = self._send_adapter(policy, version)
@@ -320,25 +322,21 @@ class VllmEngine:
             self.weight_version, self._serves = version, True
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
 
-    def _send(self, policy: torch.nn.Module, version: int, *, again: bool = True) -> tuple[int, int]:
-        """All weights (of the base, where the adapter goes by itself); once more where that failed on the way."""
+    def _send(self, policy: torch.nn.Module) -> tuple[int, int]:
+        """All weights; those of the base, where the adapter goes by itself."""
         tensors = size = 0
         try:
             self._llm.start_weight_update()
             for bucket in buckets(iter_weights(policy, dtype=self._served.dtype, adapter=not self._served.adapter)):
                 self._transport.send(self._control, bucket)
                 tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
-            self._llm.finish_weight_update(str(version))
-            return tensors, size
-        except (ValueError, KeyError) as error:  # names: a second time would be the same
+            self._llm.finish_weight_update()
+        except Exception as error:
             give_up(self._control)
-            raise ValueError(f"vLLM refused the policy's weights: {error}") from error
-        except RuntimeError as error:
-            give_up(self._control)
-            if not again:
-                raise RuntimeError(f"vLLM failed twice to take the policy's weights: {error}") from error
-            logger.warning("a weight update failed and is sent again", exc_info=True)
-        return self._send(policy, version, again=False)
+            if isinstance(error, ValueError | KeyError):
+                raise ValueError(f"vLLM refused the policy's weights: {error}") from error
+            raise
+        return tensors, size
 
     def _send_adapter(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
         from vllm.lora.request import LoRARequest
@@ -393,12 +391,12 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        parameters = [
-            SamplingParams(**self._served.sampling_parameters(sampling, n, seed, number)) for _, number in asked
-        ]
-        for one in parameters:
-            if one.structured_outputs:  # a dict so far, as it goes over HTTP
-                one.structured_outputs = StructuredOutputsParams(**one.structured_outputs)
+        parameters = []
+        for _, number in asked:
+            fields = self._served.sampling_parameters(sampling, n, seed, number)
+            if structured := fields.pop("structured_outputs", None):
+                fields["structured_outputs"] = StructuredOutputsParams(**structured)
+            parameters.append(SamplingParams(**fields))
         try:
             with _eager():
                 outputs = self._llm.generate(

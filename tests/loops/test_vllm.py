@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from loops.shared.rollout import weight_transfer as transfer
 from loops.shared.rollout.masks import check_masks
 from loops.shared.rollout.sampling import bad_word_tokens
 from loops.shared.rollout.vllm_engine import Served
+from loops.shared.rollout.vllm_server import ServerLostError
 from loops.shared.weights import iter_weights
 
 pytestmark = [
@@ -40,7 +42,8 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-MODEL = str(Path(__file__).resolve().parents[2] / "data/quickstart/model")
+HOUSE = Path(__file__).resolve().parents[2]
+MODEL = str(HOUSE / "data/quickstart/model")
 TOLERANCE = 2e-5  # nats, float32
 NUMBERS = [4, 5, 6, 7]
 LONG = "Add these numbers one after the other. " * 9  # longer than a block of vLLM's prefix cache (128 tokens)
@@ -696,6 +699,92 @@ def test_a_running_server_that_missed_half_an_update_gets_it_whole(server, polic
     server.sync(policy)
 
 
+def test_a_running_server_that_another_run_left_paused_serves_the_next(server, policy, tokenizer, prompts):
+    """Its run was killed in the middle of a sync."""
+    left = server._servers[0]
+    left.call("/pause?mode=keep&clear_cache=true")
+    left.control("start_weight_update")
+    known = RolloutConfig(engine="vllm-server", server_urls=[left.url], weight_transfer="file")
+    built = build_engine(known, policy, tokenizer)
+    built.sync(policy)
+    assert mismatch(policy, prompts, draw(built, prompts)) <= TOLERANCE
+    built.close()
+    server.sync(policy)
+
+
+RANK = """
+import os, sys
+from datetime import timedelta
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import loops.shared.rollout.vllm_server as servers
+from loops.shared.rollout import RolloutConfig, Sampling, build_engine, weight_transfer
+from loops.shared.weights import iter_weights
+
+model, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+)
+wrong = False
+
+def gathered(policy, **options):
+    for name, tensor in iter_weights(policy, **options):
+        torch.distributed.all_reduce(torch.zeros(1))  # as shards are: every rank is there for every tensor
+        yield name.replace("layers.0.mlp.up_proj", "layers.0.mlp.side_proj") if wrong else name, tensor
+
+servers.iter_weights = gathered
+servers.buckets = lambda tensors: weight_transfer.buckets(tensors, limit=100_000)
+tokenizer = AutoTokenizer.from_pretrained(model)
+policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+engine = build_engine(RolloutConfig(engine="vllm-server", request_timeout=30), policy, tokenizer)
+
+def check(version):
+    prompts = [tokenizer(text)["input_ids"] for text in ("What is 3 + 4?", "12 plus 30 is")]
+    numbers = [2 * rank, 2 * rank + 1]
+    groups = engine.sample(prompts, n=2, sampling=Sampling(max_completion_length=8), seed=0, prompt_numbers=numbers)
+    for prompt, group in zip(prompts, groups):
+        for one in group:
+            with torch.no_grad():
+                logits = policy(input_ids=torch.tensor([prompt + one.token_ids])).logits[0, len(prompt) - 1 : -1]
+            mine = logits.log_softmax(-1).gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
+            assert (mine - torch.tensor(one.logprobs)).abs().max() <= 2e-5 and one.weight_version == version
+
+engine.sync(policy)
+check(1)
+wrong = True
+try:
+    engine.sync(policy)
+except ValueError as error:
+    assert "vLLM refused the policy's weights" in str(error), error
+else:
+    raise AssertionError("weights that do not fit were taken")
+wrong = False
+with torch.no_grad():
+    policy.model.embed_tokens.weight.mul_(1.1)
+engine.sync(policy)
+check(2)
+torch.distributed.barrier()
+if rank == 0:
+    engine._servers[0].kill()
+check(2)
+torch.distributed.barrier()
+engine.close()
+"""
+
+
+def test_ranks_share_a_server_and_end_together_where_it_refuses_weights_or_dies(tmp_path):
+    """Two processes, weights in several buckets, gathered by both. Neither waits for the other for ever."""
+    command = [sys.executable, "-c", RANK, MODEL, str(tmp_path / "store")]
+    options: dict[str, Any] = {"cwd": HOUSE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]
+    try:
+        said = [rank.communicate(timeout=200)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+
+
 def test_adapters_over_http_and_two_servers_share_the_load(tokenizer, prompts):
     """One of two servers is killed for good measure: the other serves on."""
     policy = adapted()
@@ -710,11 +799,9 @@ def test_adapters_over_http_and_two_servers_share_the_load(tokenizer, prompts):
             return real(path, *arguments, **options)
 
         one.call = counted
-    seconds = []
     for step in range(4):
         train_a_step(policy, step)
         report = built.sync(policy)
-        seconds.append(report.seconds)
         groups = built.sample(
             prompts * 2, n=4, sampling=Sampling(max_completion_length=16), seed=1, prompt_numbers=list(range(8))
         )
@@ -766,12 +853,11 @@ def test_sleep_frees_everything_and_the_sync_wakes_in_parts(engine, policy, monk
     assert not engine._asleep
 
 
-def test_nccl_and_ipc_end_to_end_with_the_devices_recorded(monkeypatch):
-    """Both ends meet in vLLM's own NCCL group, one broadcast for each tensor in order, and in vLLM's own IPC engine."""
+def test_both_ends_of_nccl_and_ipc_with_the_devices_recorded(monkeypatch):
+    """The trainer's end and the workers', as over HTTP. Recorded: NCCL groups and CUDA's handles of memory."""
     import vllm.envs
     from torch.multiprocessing import reductions
-    from vllm.distributed.weight_transfer import nccl_common
-    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+    from vllm.distributed.weight_transfer import ipc_engine, nccl_common
 
     log: list[tuple] = []
     loaded: list[tuple[str, tuple]] = []
@@ -781,16 +867,19 @@ def test_nccl_and_ipc_end_to_end_with_the_devices_recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
     monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"uuid": "gpu-0"}))
-    monkeypatch.setattr(vllm.envs, "VLLM_ALLOW_INSECURE_SERIALIZATION", True, raising=False)
-    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (None, ("handle", tuple(tensor.shape))))
+    monkeypatch.setattr(vllm.envs, "VLLM_ALLOW_INSECURE_SERIALIZATION", False, raising=False)
+    shared = ["class", (2, 3), (3, 1), 0, "storage", torch.float32, 0]  # ends with the sender's number of the GPU
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (None, (*shared, tuple(tensor.shape))))
+    monkeypatch.setattr(
+        ipc_engine, "rebuild_cuda_tensor", lambda *handle: opened.append(handle) or torch.ones(handle[7])
+    )
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     monkeypatch.setattr(nccl_common, "trainer_init", lambda meeting: Recorder(log))
     joined = []
     monkeypatch.setattr(
         nccl_common, "worker_init_process_group", lambda meeting, config: joined.append(meeting) or Recorder(log)
     )
-    opened = []
-    monkeypatch.setattr(IPCWeightTransferEngine, "update_weights", lambda end, info: opened.append(info))
-
+    opened: list[tuple] = []
     end = object.__new__(transfer._worker_end())
     end.device, end.parallel_config, end.packed = torch.device("cpu"), None, False
     end.model = torch.nn.Linear(1, 1)
@@ -818,12 +907,34 @@ def test_nccl_and_ipc_end_to_end_with_the_devices_recorded(monkeypatch):
     assert loaded == [("a.weight", (2, 3)), ("b.bias", (4,))]
     assert [entry[1].dtype for entry in log[2:]] == [torch.float32, torch.bfloat16]
 
+    log.clear()
+    end.model.load_weights = lambda weights: next(iter(weights)) and refuse()
+
+    def refuse() -> None:
+        raise ValueError("no module or parameter of that name")
+
+    with pytest.raises(ValueError, match="no module"):  # of the first: the second is received all the same
+        nccl.send(answer_late, bucket)
+    assert [(entry[0], tuple(entry[1].shape)) for entry in log] == 2 * [("broadcast", (2, 3)), ("broadcast", (4,))]
+
+    def die(method: str, **arguments: Any) -> None:
+        raise ServerLostError("connection reset")
+
+    with pytest.raises(ServerLostError):
+        nccl.send(die, bucket)
+    assert log[-1][0] == "destroy"  # no kernel waits for workers that are gone
+
+    end.model.load_weights = lambda weights: loaded.extend((name, tuple(tensor.shape)) for name, tensor in weights)
+    loaded.clear()
+    end.device = torch.device("cuda:3")
     ipc = transfer.IpcTransport()
+    with pytest.raises(ValueError, match="--ipc"):
+        ipc.open(control, 1)
+    monkeypatch.setattr(vllm.envs, "VLLM_ALLOW_INSECURE_SERIALIZATION", True)
     ipc.open(control, 1)
     ipc.send(control, bucket)
-    info = IPCWeightTransferEngine.update_info_cls(**opened[0])
-    assert info.names == ["a.weight", "b.bias"] and info.shapes == [[2, 3], [4]]
-    assert info.ipc_handles == [{"gpu-0": ("handle", (2, 3))}, {"gpu-0": ("handle", (4,))}]
+    assert loaded == [("a.weight", (2, 3)), ("b.bias", (4,))]
+    assert [handle[6] for handle in opened] == [3, 3]  # the worker's own number of it
 
 
 def test_too_little_memory_is_one_sentence(policy, tokenizer):

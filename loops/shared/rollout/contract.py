@@ -185,7 +185,7 @@ class RolloutConfig:
     auto: the adapter on GPUs where vLLM can serve it, else full (on a CPU vLLM is slow with adapters)."""
     weight_transfer: str = "auto"
     """How full weights reach a server: `gloo` (network), `nccl` (other GPUs), `ipc` (the same GPUs), `file` (a folder
-    that both see), or auto: nccl when training on a GPU, else gloo."""
+    that both see), or auto: gloo on a CPU; on GPUs ipc for servers that the run starts on its own GPUs, else nccl."""
     sync_dir: str | None = None
     """Folder that trainer and servers both see, for adapters and `weight_transfer: file`; default: a temporary one. For
     files it may be in an object store (s3://BUCKET/PREFIX, gs://...), reached with the machine's credentials."""

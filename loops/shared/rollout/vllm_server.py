@@ -1,7 +1,7 @@
 """vLLM servers: completions over HTTP, token ids in and out, from one or several servers that serve the same weights.
 
 Rank 0 starts the servers (or connects to running ones), sends weights, and starts again what died; every rank samples
-its own prompts. A request whose server dies, hangs, or comes back with other weights is sent again: each prompt's
+its own prompts. A request whose server dies, hangs, or answers for older weights is sent again: each prompt's
 completions are counted once, when they arrive.
 """
 
@@ -118,6 +118,10 @@ class Server:
         """Its workers and this process meet, for the weights to come."""
         self.transport.open(self.control, self.call("/get_world_size", timeout=30, method="GET")["world_size"])
 
+    def take(self, bucket: Bucket) -> None:
+        """Its workers get these weights."""
+        self.transport.send(self.control, bucket)
+
     def start(self, options: list[str], log: Path) -> None:
         """Starts the process; it ends with this one."""
         self.log = log
@@ -193,14 +197,15 @@ class VllmServerEngine:
         self._serves = False  # whether the last sync went through
         self._announced = 0  # newest version that a server may have by now
         self._snapshot: dict[str, torch.Tensor] = {}  # what was sent last, for servers that come back
-        self._adapters: list[tuple[int, Path]] = []  # (version, folder) of those that servers hold, oldest first
+        self._adapters: list[tuple[str, Path]] = []  # (name, folder) of those that servers hold, oldest first
+        self._refusal: Exception | None = None  # of the update under way, by a server
         self._weights_lock = threading.RLock()  # one writer of weights at a time: sync, or a server that came back
         self._changed = threading.Condition()  # a server became ready or free, or everything failed
         self._failure: Exception | None = None
         self._closing = threading.Event()
         self._distributed = torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if self._distributed else 0
-        place = served.config.sync_dir or str(served.folder)
+        place = (served.config.sync_dir or str(served.folder)).rstrip("/")
         self._folder = f"{place if '://' in place else Path(place).resolve()}/sync-{secrets.token_hex(4)}"
         known: Any = None
         if self._rank == 0:
@@ -244,10 +249,12 @@ class VllmServerEngine:
             )
         urls = list(config.server_urls)
         for number in range(0 if urls else config.num_servers):
-            port = config.server_port + number if config.server_port else free_port()
-            if config.server_port and _in_use(port):
-                raise ValueError(f"port {port} is in use by another program: change server_port (0: any free one).")
-            urls.append(f"http://127.0.0.1:{port}")
+            wanted = config.server_port and config.server_port + number
+            try:
+                urls.append(f"http://127.0.0.1:{free_port(wanted)}")
+            except OSError as error:
+                text = f"port {wanted} is in use by another program: change server_port (0: any free one)."
+                raise ValueError(text) from error
         for number, url in enumerate(urls):
             self._servers.append(Server(number, url, self._transport(number, url), config.server_timeout))
         with ThreadPoolExecutor(len(urls)) as pool:
@@ -261,10 +268,9 @@ class VllmServerEngine:
     def _transport(self, number: int, url: str) -> Transport:
         kind = self._config.weight_transfer
         if kind == "auto":
-            shares_gpus = not self._config.server_urls and self._gpus(0) is None
-            kind = "gloo" if self._served.device == "cpu" else "ipc" if shares_gpus else "nccl"
+            kind = "gloo" if self._served.device == "cpu" else "ipc" if self._shares_gpu() else "nccl"
         if kind == "file":
-            return FileTransport(f"{self._folder}/server-{number}")
+            return FileTransport(f"{self._folder}/weights", number)
         if kind == "ipc":
             if self._config.vllm_tensor_parallel_size > 1:
                 raise ValueError(
@@ -282,8 +288,14 @@ class VllmServerEngine:
                 raise ValueError(f"server_urls: {server.url} does not answer; start it, or correct it.") from error
         else:
             self._start(server)
+        self._join(server)
+
+    def _join(self, server: Server) -> None:
+        """The server's workers and this process meet; what another run left half done is ended."""
         try:
             server.join()
+            if self._config.server_urls:
+                self._release(server)
         except RuntimeError as error:
             raise ValueError(f"a server takes no weights ({error}): start it with launch/vllm_server.py.") from error
 
@@ -293,7 +305,7 @@ class VllmServerEngine:
             options.append(f"--gpus={gpus}")
         if server.transport.kind == "ipc":
             options.append("--ipc")
-        for name, value in self._served.arguments(colocated=False).items():
+        for name, value in self._served.arguments(shares_gpu=self._shares_gpu()).items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 options.append(f"--{'' if value else 'no-'}{flag}")
@@ -305,10 +317,13 @@ class VllmServerEngine:
                 return server.wait_until_up(server.timeout)
             except ServerLostError as error:
                 server.kill()
-                if attempt + 1 == _STARTS:
+                if attempt + 1 == _STARTS or self._closing.is_set():
                     raise ServerLostError(f"a vLLM server could not be started: {error}") from error
-                if not self._config.server_port:
+                if not self._config.server_port and not (self._distributed and self._snapshot):  # others know the port
                     server.url = f"http://127.0.0.1:{free_port()}"
+
+    def _shares_gpu(self) -> bool:
+        return self._served.device != "cpu" and not self._config.server_urls and self._gpus(0) is None
 
     def _gpus(self, number: int) -> str | None:
         """The GPUs of server `number`: those after the trainer's; None (shared with it) where they do not suffice."""
@@ -329,7 +344,7 @@ class VllmServerEngine:
         except RuntimeError as error:
             raise ValueError(f"{server.url} has no routes for training: start it with launch/vllm_server.py") from error
         model = settings["model_config"]
-        wanted = self._served.arguments(colocated=False)
+        wanted = self._served.arguments(shares_gpu=False)
         for key, mine in (("logprobs_mode", wanted["logprobs_mode"]), ("dtype", str(self._served.dtype))):
             theirs = str(model[key])
             if theirs.removeprefix("torch.") != mine.removeprefix("torch."):
@@ -379,6 +394,7 @@ class VllmServerEngine:
             failure = self._agree(failure)
             self._serves = failure is None
             if failure is not None:
+                self._each(self._ready(), self._release)
                 raise failure
             self.weight_version = version
         if self._rank == 0:
@@ -386,19 +402,26 @@ class VllmServerEngine:
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
-        """All weights to all servers, bucket by bucket; the other ranks only help to gather."""
+        """All weights to all servers, bucket by bucket. To the end, whatever happens: the other ranks gather along."""
         tensors = size = 0
+        self._refusal = None
         taking = self._each(self._ready(), self._begin)
         with ThreadPoolExecutor(1) as pool:
             for bucket in buckets(weights):
                 tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
                 if self._rank == 0:
                     copied = pool.submit(self._remember, bucket)
-                    taking = self._each(taking, partial(self._send_bucket, bucket=bucket))
+                    taking = self._each(taking, partial(Server.take, bucket=bucket))
                     copied.result()
-        if len(self._snapshot) > tensors > 0:
-            raise ValueError(f"{tensors} tensors were sent, and {len(self._snapshot)} before: weights are missing.")
-        self._each(taking, partial(self._finish, version=version))
+        if self._refusal is None and len(self._snapshot) > tensors > 0:
+            self._refusal = ValueError(
+                f"{tensors} tensors were sent, and {len(self._snapshot)} before: weights are missing."
+            )
+        if self._refusal is None:
+            self._each(taking, partial(self._finish, version=version))
+        if self._refusal is not None:
+            self._snapshot.clear()
+            raise self._refusal
         return tensors, size
 
     @torch.no_grad()  # in a thread of its own
@@ -410,37 +433,28 @@ class VllmServerEngine:
             else:
                 self._snapshot[name] = tensor.to("cpu", copy=True)
 
-    def _each(self, servers: list[Server], action: Any) -> list[Server]:
+    def _each(self, servers: list[Server], action: Callable[[Server], Any]) -> list[Server]:
         """Does `action` with all servers at once (on rank 0); returns those it worked with.
 
-        One that fails gets everything again from the monitor: a process of ours is killed and started anew.
-
-        Raises:
-            ValueError: a server said that the weights do not fit.
+        One that fails gets everything again from the monitor: a process of ours is killed and started anew. One that
+        has no place for the weights is a `_refusal`.
         """
         if self._rank != 0 or not servers:
             return []
         with ThreadPoolExecutor(len(servers)) as pool:
             errors = [future.exception() for future in [pool.submit(action, server) for server in servers]]
-        done = []
         for server, error in zip(servers, errors, strict=True):
-            if error is None:
-                done.append(server)
-            elif isinstance(error, RuntimeError) and any(words in str(error) for words in _MISFITS):
-                give_up(server.control)
-                raise ValueError(f"vLLM refused the policy's weights: {error}") from error
+            if isinstance(error, RuntimeError) and any(words in str(error) for words in _MISFITS):
+                self._refusal = ValueError(f"vLLM refused the policy's weights: {error}")
             elif isinstance(error, ServerLostError | RuntimeError):
                 self._lose(server, server.life, error)
-            else:
-                raise error
-        return done
+            elif error is not None:
+                self._refusal = error
+        return [server for server, error in zip(servers, errors, strict=True) if error is None]
 
     def _begin(self, server: Server) -> None:
         server.call("/pause?mode=keep&clear_cache=true")
         server.control("start_weight_update")
-
-    def _send_bucket(self, server: Server, bucket: Bucket) -> None:
-        server.transport.send(server.control, bucket)
 
     def _finish(self, server: Server, version: int) -> None:
         server.control("finish_weight_update", weight_version=f"{self._run}:{version}")
@@ -448,14 +462,20 @@ class VllmServerEngine:
             raise RuntimeError(f"{server.url} kept keys and values of the old weights.")
         server.call("/resume")
 
+    def _release(self, server: Server) -> None:
+        """Ends an update that broke off, and lets go on what was frozen for it."""
+        give_up(server.control)
+        server.call("/resume")
+
     def _send_adapter(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
-        folder = Path(self._folder) / f"adapter-{version}"
+        name, folder = self._adapter_name(version), Path(self._folder) / f"adapter-{version}"
         report = write_adapter(policy, folder, writes=self._rank == 0)
         if self._rank == 0:
-            self._adapters.append((version, folder))
-            self._each(self._ready(), partial(self._load_adapter, version=version, folder=folder))
+            self._adapters.append((name, folder))
+            self._each(self._ready(), partial(self._load_adapter, name=name, folder=folder))
             for old, path in self._adapters[:-2]:  # what was sampled from the last one may still be on its way
-                self._each(self._ready(), partial(self._drop_adapter, version=old))
+                body = {"lora_name": old}
+                self._each(self._ready(), lambda server, body=body: server.call("/v1/unload_lora_adapter", body))
                 shutil.rmtree(path, ignore_errors=True)
             del self._adapters[:-2]
         return report
@@ -463,11 +483,8 @@ class VllmServerEngine:
     def _adapter_name(self, version: int) -> str:
         return f"{self._run}-{version}"
 
-    def _load_adapter(self, server: Server, version: int, folder: Path) -> None:
-        server.call("/v1/load_lora_adapter", {"lora_name": self._adapter_name(version), "lora_path": str(folder)})
-
-    def _drop_adapter(self, server: Server, version: int) -> None:
-        server.call("/v1/unload_lora_adapter", {"lora_name": self._adapter_name(version)})
+    def _load_adapter(self, server: Server, name: str, folder: Path) -> None:
+        server.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
 
     # ---- faults ------------------------------------------------------------------------------------------------------
 
@@ -500,16 +517,17 @@ class VllmServerEngine:
 
     def _bring_back(self, server: Server) -> None:
         """Starts the server again (or finds it alive), and gives it what all serve."""
-        if self._rank != 0:
-            self._check_current(server)
-        elif server.process is not None:
+        if server.process is not None:
             server.kill()  # what is left of it
             self._bring_up(server)
         else:
-            server.join()
-            give_up(server.control)  # an update that it was in the middle of
-        with self._weights_lock:
-            if self._rank == 0:
+            server.call("/health", timeout=5, method="GET")
+        with self._weights_lock:  # not while a sync sends
+            if self._rank != 0:
+                self._check_current(server)
+            else:
+                if server.process is None:
+                    self._join(server)
                 self._send_again(server)
             server.life += 1
             server.ready = True
@@ -520,12 +538,12 @@ class VllmServerEngine:
             return
         self._begin(server)
         for bucket in buckets(self._snapshot.items()):
-            self._send_bucket(server, bucket)
+            server.take(bucket)
         self._finish(server, 1 if self._served.adapter else self.weight_version)
         loaded = {model["id"] for model in server.models()}
-        for version, folder in self._adapters:
-            if self._adapter_name(version) not in loaded:
-                self._load_adapter(server, version, folder)
+        for name, folder in self._adapters:
+            if name not in loaded:
+                self._load_adapter(server, name, folder)
 
     def _check_current(self, server: Server) -> None:
         """Raise ServerLostError unless the server serves this run's present weights."""
@@ -646,11 +664,13 @@ class VllmServerEngine:
         own = [label.split(":") for label in labels]
         newest = 1 if self._served.adapter else self._announced
         lowest = 1 if self._served.adapter else oldest
-        if any(run != self._run or not lowest <= int(version) <= newest for run, version in own):
+        if any(run != self._run or int(version) > newest for run, version in own):
             raise RuntimeError(
                 f"a server returned a completion of weight version {labels}, where {self._run}:{lowest} to {newest} "
                 "was expected: something else than this run sends it weights."
             )
+        if any(int(version) < lowest for _, version in own):
+            raise ServerLostError(f"a completion came from weights {labels}, older than {lowest}")
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         if len(logprobs) != len(choice["token_ids"]):
             raise ServerLostError("a completion has fewer log-probabilities than tokens")
@@ -662,24 +682,22 @@ class VllmServerEngine:
 
     def close(self) -> None:
         """Ends the servers that this run started."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         for server in self._servers:
             if server.process is not None:
                 server.kill()
-            server.transport.close()
+        for server in self._servers:
+            try:
+                server.transport.close()
+            except Exception:
+                logger.warning("something of a weight transfer is left behind", exc_info=True)
         if self._rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._served.folder, ignore_errors=True)
         with self._changed:
             self._changed.notify_all()
-
-
-def _in_use(port: int) -> bool:
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
-        return True
-    return False
 
 
 def _own_address(url: str) -> str:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import base64
 import pickle
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,8 @@ BUCKET_BYTES = 512 * 2**20
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class Control(Protocol):
-    """One engine's end of the protocol: method names of vLLM's, over HTTP or in process."""
-
-    def __call__(self, method: str, **arguments: Any) -> None: ...
+Control = Callable[..., None]
+"""One engine's end of the protocol: called with a method's name and its arguments, over HTTP or in process."""
 
 
 # ---- what is sent ----------------------------------------------------------------------------------------------------
@@ -94,7 +92,7 @@ def write_adapter(policy: Any, folder: Path, *, writes: bool) -> tuple[int, int]
     """
     from safetensors.torch import save_file
 
-    tensors = {name.replace(f".{ADAPTER}", ""): tensor.contiguous() for name, tensor in trained_tensors(policy, None)}
+    tensors = {name.replace(f".{ADAPTER}.", "."): tensor.contiguous() for name, tensor in trained_tensors(policy, None)}
     if writes:
         policy.peft_config[ADAPTER].save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -126,35 +124,49 @@ class FileTransport(Transport):
 
     kind = "file"
 
-    def __init__(self, folder: str):
-        self._file = f"{folder}/weights.safetensors"
+    def __init__(self, folder: str, number: int = 0):
+        """folder: a path or an address such as s3://BUCKET/PREFIX, of its own; number: of the server, for its file.
+
+        Raises:
+            ValueError: nothing can be written there.
+        """
+        from pyarrow.fs import FileSystem  # here, so that it outlives whoever closes this when the process ends
+
+        name = f"weights-{number}.safetensors"
+        try:
+            self._store, self._folder = FileSystem.from_uri(folder)
+            self._address, self._path = f"{folder}/{name}", f"{self._folder}/{name}"
+            if self._store.type_name == "local":
+                self._store.create_dir(self._folder)
+            self._write(b"")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"sync_dir: {folder} cannot be used ({error}): correct it.") from error
+
+    def _write(self, data: bytes) -> None:
+        with self._store.open_output_stream(self._path) as file:
+            file.write(data)
 
     def send(self, control: Control, bucket: Bucket) -> None:
-        from pyarrow.fs import FileSystem
         from safetensors.torch import save
 
-        store, path = FileSystem.from_uri(self._file)
-        store.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        with store.open_output_stream(path) as file:
-            file.write(save({name: tensor.cpu() for name, tensor in bucket}))
-        control("update_weights", update_info={"file": self._file})
+        self._write(save({name: tensor.cpu() for name, tensor in bucket}))
+        control("update_weights", update_info={"file": self._address})
 
     def close(self) -> None:
-        from pyarrow.fs import FileSystem, FileType
+        from pyarrow.fs import FileType
 
-        store, path = FileSystem.from_uri(self._file)
-        if store.get_file_info(path).type == FileType.File:
-            store.delete_file(path)
+        if self._store.get_file_info(self._folder).type == FileType.Directory:
+            self._store.delete_dir(self._folder)
 
 
-def read_tensors(file: str) -> dict[str, Tensor]:
+def read_tensors(address: str) -> dict[str, Tensor]:
     """What `FileTransport` wrote."""
     from pyarrow.fs import FileSystem
     from safetensors.torch import load
 
-    store, path = FileSystem.from_uri(file)
-    with store.open_input_file(path) as stream:
-        return load(stream.read())
+    store, path = FileSystem.from_uri(address)
+    with store.open_input_file(path) as file:
+        return load(file.read())
 
 
 class BroadcastTransport(Transport):
@@ -166,31 +178,35 @@ class BroadcastTransport(Transport):
 
     def open(self, control: Control, world_size: int) -> None:
         self.close()
-        meeting: dict[str, Any] = {"master_address": self._host, "world_size": world_size + 1}
-        with _meanwhile() as start:
-            if self.kind == "gloo":
-                store = torch.distributed.TCPStore(
-                    self._host, 0, world_size + 1, is_master=True, wait_for_workers=False, timeout=_span(self._timeout)
-                )
-                meeting |= {"kind": "gloo", "master_port": store.port, "timeout": self._timeout}
-                answer = start(control, "init_weight_transfer_engine", init_info=meeting)
-                self._group = _gloo_group(store, 0, world_size + 1, self._timeout)
-            else:
-                from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        meeting: dict[str, Any] = {"kind": self.kind, "master_address": self._host, "world_size": world_size + 1}
+        if self.kind == "gloo":
+            span = timedelta(seconds=self._timeout)
+            store = torch.distributed.TCPStore(
+                self._host, 0, world_size + 1, is_master=True, wait_for_workers=False, timeout=span
+            )
+            meeting |= {"master_port": store.port, "timeout": self._timeout}
+        else:
+            from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-                meeting |= {"kind": "nccl", "master_port": free_port()}
-                answer = start(control, "init_weight_transfer_engine", init_info=meeting)
-                self._group = trainer_init(meeting)
-            answer.result()
+            meeting["master_port"] = free_port()
+        with _meanwhile(control, "init_weight_transfer_engine", init_info=meeting) as answer:
+            wait([answer], 0.5)
+            if not (answer.done() and answer.exception()):  # else refused: nobody would come
+                self._group = (
+                    _gloo_group(store, 0, world_size + 1, span) if self.kind == "gloo" else trainer_init(meeting)
+                )
 
     def send(self, control: Control, bucket: Bucket) -> None:
-        with _meanwhile() as start:  # the workers answer once they have received everything
-            answer = start(control, "update_weights", update_info=describe(bucket))
-            for _, tensor in bucket:
-                if answer.done():  # refused before anything was received: nobody would take the rest
-                    break
-                _broadcast(self._group, tensor.cpu() if self.kind == "gloo" else tensor.cuda())
-            answer.result()
+        try:  # the workers answer once they have received everything
+            with _meanwhile(control, "update_weights", update_info=describe(bucket)) as answer:
+                for _, tensor in bucket:
+                    if answer.done():  # refused before anything was received: nobody would take the rest
+                        break
+                    _broadcast(self._group, tensor.cpu() if self.kind == "gloo" else tensor.cuda())
+        except Exception as error:
+            if not isinstance(error, ValueError | RuntimeError):  # no refusal: the workers are gone
+                self.close()  # NCCL would wait for them, and the trainer's stream with it
+            raise
 
     def close(self) -> None:
         if self._group is not None and self.kind == "nccl":
@@ -231,42 +247,33 @@ def give_up(control: Control) -> None:
         return
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on at present."""
-    with socket.create_server((host, 0)) as probe:
+def free_port(wanted: int = 0) -> int:
+    """A port of this machine that nobody listens on at present; OSError where the `wanted` one is taken."""
+    with socket.create_server(("127.0.0.1", wanted)) as probe:
         return probe.getsockname()[1]
 
 
 @contextmanager
-def _meanwhile() -> Iterator[Any]:
-    """Starts a call in a thread. An error of the block does not wait for it: its other end may never answer."""
+def _meanwhile(control: Control, method: str, **arguments: Any) -> Iterator[Future]:
+    """A call that runs beside the block, which ends with it. An error of the block does not wait for the call."""
     pool = ThreadPoolExecutor(1)
-    started: list[Future] = []
-
-    def start(function: Control, method: str, **arguments: Any) -> Future:
-        started.append(pool.submit(function, method, **arguments))
-        return started[0]
-
+    answer = pool.submit(control, method, **arguments)
     try:
-        yield start
+        yield answer
+        answer.result()
     except Exception as error:
         # The call's own error says more than the connection that broke because of it.
-        for answer in wait(started, timeout=5).done:
-            if answer.exception() is not None and answer.exception() is not error:
-                raise answer.exception() from error
+        if wait([answer], timeout=5).done and answer.exception() not in (None, error):
+            raise answer.exception() from error  # type: ignore[misc]
         raise
     finally:
         pool.shutdown(wait=False)
 
 
-def _span(seconds: float) -> timedelta:
-    return timedelta(seconds=seconds)
-
-
-def _gloo_group(store: torch.distributed.Store, rank: int, world_size: int, timeout: float) -> Any:
+def _gloo_group(store: torch.distributed.Store, rank: int, world_size: int, span: timedelta) -> Any:
     """A group of its own, beside the default one of the process."""
     prefixed = torch.distributed.PrefixStore("plumbline", store)
-    return torch.distributed.ProcessGroupGloo(prefixed, rank, world_size, _span(timeout))
+    return torch.distributed.ProcessGroupGloo(prefixed, rank, world_size, span)
 
 
 def _broadcast(group: Any, tensor: Tensor) -> None:
@@ -292,24 +299,14 @@ def register() -> None:
 
 def _worker_end() -> type:
     """The back end's class. Made here because vLLM is imported only where it is used."""
-    from dataclasses import dataclass
-
+    import vllm.envs
     from vllm.distributed.weight_transfer import nccl_common
-    from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-
-    @dataclass
-    class Meeting(WeightTransferInitInfo):
-        kind: str
-        master_address: str = ""
-        master_port: int = 0
-        world_size: int = 0
-        timeout: float = 0.0
 
     class WorkerEnd(IPCWeightTransferEngine):
         """vLLM's layerwise reload, which refuses an update that leaves parts of the model as they were."""
 
-        init_info_cls = Meeting
+        init_info_cls = dict  # type: ignore[assignment]
 
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
@@ -319,18 +316,22 @@ def _worker_end() -> type:
                 # Else the first bf16 forward of at most 4 tokens dies: vLLM has not asked for the tiles by then.
                 torch.cpu._init_amx()
 
-        def init_transfer_engine(self, init_info: Meeting) -> None:
-            host, port, size = init_info.master_address, init_info.master_port, init_info.world_size
-            config = self.parallel_config
-            if init_info.kind == "gloo":
+        def init_transfer_engine(self, init_info: Any) -> None:
+            config, kind = self.parallel_config, init_info["kind"]
+            if kind in ("gloo", "nccl"):
+                host, port, size = (init_info[key] for key in ("master_address", "master_port", "world_size"))
+            if kind == "gloo":
                 rank = 1 + config.data_parallel_index * config.world_size + config.rank  # the trainer has 0
-                store = torch.distributed.TCPStore(host, port, is_master=False, timeout=_span(init_info.timeout))
-                self.group = _gloo_group(store, rank, size, init_info.timeout)
-            elif init_info.kind == "nccl":
+                span = timedelta(seconds=init_info["timeout"])
+                store = torch.distributed.TCPStore(host, port, is_master=False, timeout=span)
+                self.group = _gloo_group(store, rank, size, span)
+            elif kind == "nccl":
                 meeting = nccl_common.NCCLWeightTransferInitInfo(
                     master_address=host, master_port=port, rank_offset=1, world_size=size
                 )
                 self.group = nccl_common.worker_init_process_group(meeting, config)
+            elif kind == "ipc" and not vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION:
+                raise ValueError("weight_transfer ipc brings pickled handles, which need the option --ipc")
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             try:

@@ -289,13 +289,14 @@ class VllmServerEngine:
         else:
             self._start(server)
         self._join(server)
+        server.call("/resume")  # another run may have ended in the middle of an update
 
     def _join(self, server: Server) -> None:
-        """The server's workers and this process meet; what another run left half done is ended."""
+        """The server's workers and this process meet; an update that was left half done is given up."""
         try:
             server.join()
             if self._config.server_urls:
-                self._release(server)
+                give_up(server.control)
         except RuntimeError as error:
             raise ValueError(f"a server takes no weights ({error}): start it with launch/vllm_server.py.") from error
 
@@ -535,6 +536,7 @@ class VllmServerEngine:
     def _send_again(self, server: Server) -> None:
         """The weights of the last sync, from the copy."""
         if not self._snapshot:
+            server.call("/resume")
             return
         self._begin(server)
         for bucket in buckets(self._snapshot.items()):

@@ -358,14 +358,18 @@ def _worker_end() -> type:
             elif "file" in update_info:
                 yield from read_tensors(update_info["file"]).items()
             elif "names" in update_info:
-                gloo = isinstance(self.group, torch.distributed.ProcessGroupGloo)
-                described = (update_info[key] for key in ("names", "dtype_names", "shapes"))
-                for name, dtype, shape in zip(*described, strict=True):
-                    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu" if gloo else self.device)
-                    _broadcast(self.group, tensor)
-                    yield name, tensor.to(self.device)
+                names, dtypes, shapes = (update_info[key] for key in ("names", "dtype_names", "shapes"))
+                with ThreadPoolExecutor(1) as pool:  # over a network the next ones arrive while one is loaded
+                    each = pool.map if isinstance(self.group, torch.distributed.ProcessGroupGloo) else map
+                    yield from zip(names, each(self._receive, dtypes, shapes), strict=True)
             else:
                 raise ValueError("the trainer gave this update up.")
+
+        def _receive(self, dtype: str, shape: list[int]) -> Tensor:
+            gloo = isinstance(self.group, torch.distributed.ProcessGroupGloo)
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu" if gloo else self.device)
+            _broadcast(self.group, tensor)
+            return tensor.to(self.device)
 
         def finish_weight_update(self) -> None:
             missing = _missing(self.model)

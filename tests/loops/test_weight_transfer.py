@@ -19,7 +19,7 @@ BUCKET = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("b", torch.full((4,), 
 def store(monkeypatch) -> Iterator[str]:
     """A bucket of moto's S3, over HTTP; the address carries what a machine's own settings would."""
     if not (importlib.util.find_spec("moto") and importlib.util.find_spec("flask_cors")):
-        pytest.skip("needs moto[s3,server]")
+        pytest.skip("needs moto[s3]")
     import boto3
     from moto.server import ThreadedMotoServer
 

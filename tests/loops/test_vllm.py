@@ -915,14 +915,21 @@ def test_both_ends_of_nccl_and_ipc_with_the_devices_recorded(monkeypatch):
 
     with pytest.raises(ValueError, match="no module"):  # of the first: the second is received all the same
         nccl.send(answer_late, bucket)
-    assert [(entry[0], tuple(entry[1].shape)) for entry in log] == 2 * [("broadcast", (2, 3)), ("broadcast", (4,))]
+    assert [(name, tuple(shape.shape)) for name, shape, *_ in log[:4]] == 2 * [
+        ("broadcast", (2, 3)), ("broadcast", (4,))
+    ]  # fmt: skip
+    assert log[-1][0] == "destroy"  # no kernel waits for workers that may be gone
+    with pytest.raises(RuntimeError, match="group of the workers has ended"):
+        nccl.send(control, bucket)
+    nccl.open(control, 2)
 
     def die(method: str, **arguments: Any) -> None:
         raise ServerLostError("connection reset")
 
+    log.clear()
     with pytest.raises(ServerLostError):
         nccl.send(die, bucket)
-    assert log[-1][0] == "destroy"  # no kernel waits for workers that are gone
+    assert log[-1][0] == "destroy"
 
     end.model.load_weights = lambda weights: loaded.extend((name, tuple(tensor.shape)) for name, tensor in weights)
     loaded.clear()

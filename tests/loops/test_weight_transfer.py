@@ -31,7 +31,7 @@ def store(monkeypatch) -> Iterator[str]:
     boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="weights")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    yield "s3://weights/run"
+    yield "s3://weights/of-the-runs"
     server.stop()
 
 
@@ -69,16 +69,16 @@ def test_through_an_object_store(store: str):
 
     import boto3
 
-    transport = arrives(f"{store}/sync")
+    transport = arrives(f"{store}/sync-1")
     client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
 
     def keys() -> list[str]:
         return [one["Key"] for one in client.list_objects_v2(Bucket="weights").get("Contents", [])]
 
-    assert keys() == ["run/sync/weights-0.safetensors"]
+    assert keys() == ["of-the-runs/sync-1/weights-0.safetensors"]
     transport.close()
     transport.close()
-    assert set(keys()) <= {"run/"}  # the place that was given
+    assert set(keys()) <= {"of-the-runs/"}  # the sync_dir itself
 
 
 def test_a_store_that_is_not_there_is_an_error(store: str):

@@ -199,6 +199,7 @@ class VllmServerEngine:
         self._snapshot: dict[str, torch.Tensor] = {}  # what was sent last, for servers that come back
         self._adapters: list[tuple[str, Path]] = []  # (name, folder) of those that servers hold, oldest first
         self._refusal: Exception | None = None  # of the update under way, by a server
+        self._run = ""  # the run's name, once all ranks have it
         self._weights_lock = threading.RLock()  # one writer of weights at a time: sync, or a server that came back
         self._changed = threading.Condition()  # a server became ready or free, or everything failed
         self._failure: Exception | None = None
@@ -270,7 +271,7 @@ class VllmServerEngine:
         if kind == "auto":
             kind = "gloo" if self._served.device == "cpu" else "ipc" if self._shares_gpu() else "nccl"
         if kind == "file":
-            return FileTransport(f"{self._folder}/weights", number)
+            return FileTransport(self._folder, number)
         if kind == "ipc":
             if self._config.vllm_tensor_parallel_size > 1:
                 raise ValueError(
@@ -314,13 +315,15 @@ class VllmServerEngine:
                 options.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         for attempt in range(_STARTS):
             server.start(options, self._served.folder / f"server-{server.number}.log")
+            if self._closing.is_set():
+                server.kill()
             try:
                 return server.wait_until_up(server.timeout)
             except ServerLostError as error:
                 server.kill()
                 if attempt + 1 == _STARTS or self._closing.is_set():
                     raise ServerLostError(f"a vLLM server could not be started: {error}") from error
-                if not self._config.server_port and not (self._distributed and self._snapshot):  # others know the port
+                if not self._config.server_port and not (self._distributed and self._run):  # others know the port
                     server.url = f"http://127.0.0.1:{free_port()}"
 
     def _shares_gpu(self) -> bool:
@@ -382,7 +385,7 @@ class VllmServerEngine:
         tensors = size = 0
         with self._weights_lock, torch.no_grad():
             version = self._announced = self.weight_version + 1
-            failure: Exception | None = None
+            self._refusal = None
             try:
                 if not served.adapter or not self.weight_version:
                     weights = iter_weights(policy, dtype=served.dtype, adapter=not served.adapter)
@@ -390,22 +393,20 @@ class VllmServerEngine:
                 if served.adapter:
                     count, adapter_bytes = self._send_adapter(policy, version)
                     tensors, size = tensors + count, size + adapter_bytes
-            except Exception as error:
-                failure = error
-            failure = self._agree(failure)
-            self._serves = failure is None
-            if failure is not None:
-                self._each(self._ready(), self._release)
-                raise failure
-            self.weight_version = version
+                if refusal := self._agree(self._refusal):
+                    self._each(self._ready(), self._release)
+                    raise refusal
+            except BaseException:
+                self._serves = False
+                raise
+            self.weight_version, self._serves = version, True
         if self._rank == 0:
             self._wait_for(self._ready)
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
-        """All weights to all servers, bucket by bucket. To the end, whatever happens: the other ranks gather along."""
+        """All weights to all servers, bucket by bucket. To the end, whatever they say: the other ranks gather along."""
         tensors = size = 0
-        self._refusal = None
         taking = self._each(self._ready(), self._begin)
         with ThreadPoolExecutor(1) as pool:
             for bucket in buckets(weights):
@@ -422,7 +423,6 @@ class VllmServerEngine:
             self._each(taking, partial(self._finish, version=version))
         if self._refusal is not None:
             self._snapshot.clear()
-            raise self._refusal
         return tensors, size
 
     @torch.no_grad()  # in a thread of its own
@@ -522,7 +522,7 @@ class VllmServerEngine:
             server.kill()  # what is left of it
             self._bring_up(server)
         else:
-            server.call("/health", timeout=5, method="GET")
+            server.call("/weight_info", timeout=5, method="GET")  # answered by the engine itself, unlike /health
         with self._weights_lock:  # not while a sync sends
             if self._rank != 0:
                 self._check_current(server)
@@ -631,6 +631,8 @@ class VllmServerEngine:
                     body["model"] = self._adapter_name(oldest)
                 answer = server.call("/inference/v1/generate", body, timeout=self._config.request_timeout)
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                if not self._serves:
+                    raise ValueError("the servers' weights are not whole: a sync failed while they sampled.")
                 if len(choices) != count:
                     raise ServerLostError(f"{server.url} gave {len(choices)} completions of {count}")
                 return [self._row(choice, oldest) for choice in choices]

@@ -197,15 +197,17 @@ class BroadcastTransport(Transport):
                 )
 
     def send(self, control: Control, bucket: Bucket) -> None:
+        if self._group is None:
+            raise RuntimeError("the group of the workers has ended")
         try:  # the workers answer once they have received everything
             with _meanwhile(control, "update_weights", update_info=describe(bucket)) as answer:
                 for _, tensor in bucket:
                     if answer.done():  # refused before anything was received: nobody would take the rest
                         break
                     _broadcast(self._group, tensor.cpu() if self.kind == "gloo" else tensor.cuda())
-        except Exception as error:
-            if not isinstance(error, ValueError | RuntimeError):  # no refusal: the workers are gone
-                self.close()  # NCCL would wait for them, and the trainer's stream with it
+        except Exception:
+            if self.kind == "nccl":  # it would wait for workers that are gone, and the trainer's stream with it
+                self.close()
             raise
 
     def close(self) -> None:

@@ -407,25 +407,23 @@ class VllmServerEngine:
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
         """All weights to all servers, bucket by bucket. To the end, whatever they say: the other ranks gather along."""
         tensors = size = 0
-        taking = self._each(self._ready(), self._begin)
         with ThreadPoolExecutor(1) as pool:
+            taking = pool.submit(self._each, self._ready(), self._begin)
             for bucket in buckets(weights):
                 tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
                 if self._rank == 0:
-                    copied = pool.submit(self._remember, bucket)
-                    taking = self._each(taking, partial(Server.take, bucket=bucket))
-                    copied.result()
+                    self._remember(bucket)  # while they pause, or take the bucket before
+                    taking = pool.submit(self._each, taking.result(), partial(Server.take, bucket=bucket))
         if self._refusal is None and len(self._snapshot) > tensors > 0:
             self._refusal = ValueError(
                 f"{tensors} tensors were sent, and {len(self._snapshot)} before: weights are missing."
             )
         if self._refusal is None:
-            self._each(taking, partial(self._finish, version=version))
+            self._each(taking.result(), partial(self._finish, version=version))
         if self._refusal is not None:
             self._snapshot.clear()
         return tensors, size
 
-    @torch.no_grad()  # in a thread of its own
     def _remember(self, bucket: Bucket) -> None:
         """Keeps a copy in host memory, for a server that has to be given the same weights later."""
         for name, tensor in bucket:

@@ -13,7 +13,6 @@ completion, reference and every score, and `metrics.json` with the means; the tr
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import json
 import math
@@ -283,8 +282,7 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
         summary = {"model": name or model.model_id, "dataset": data, "step": step, **metrics}
         replace_text(run.folder / "metrics.json", json.dumps(summary, indent=1) + "\n")
     run.log(metrics, step)
-    atexit.unregister(run.tracker.finish)
-    run.tracker.finish(ok=True)
+    run.end(ok=True)
     run.say(f"predictions and metrics written to {run.folder}")
     return metrics
 

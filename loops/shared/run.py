@@ -351,11 +351,7 @@ class Run:
         if self.stopping:
             hint = f"; go on with --resume_from latest --output_dir {self.folder}" if saved else ", which is not saved"
             self.say(f"stopped after step {step}{hint}")
-            if self.engine is not None:
-                self.engine.close()  # a rollout under way would be waited for
-            atexit.unregister(self.tracker.finish)
-            self.tracker.finish(ok=False)
-            self.watch.stop()
+            self.end(ok=False)
             raise SystemExit(TERMINATED)
 
     def _wait_for_saver(self) -> bool:
@@ -391,8 +387,7 @@ class Run:
             os.replace(partly, folder)
         self.accelerator.wait_for_everyone()
         self._wait_for_saver()
-        atexit.unregister(self.tracker.finish)
-        self.tracker.finish(ok=True)
+        self.end(ok=True)
         self.say(f"model written to {folder}")
         if self.accelerator.is_main_process:
             rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -400,10 +395,19 @@ class Run:
                 values = [row[name] for row in rows if row.get(name) is not None]
                 if values:
                     self.say(f"{name} {values[0]:.4g} before, {values[-1]:.4g} after")
-        if self.engine is not None:
-            self.engine.close()
-        self.watch.stop()
         self.stop.remove()
+
+    def end(self, *, ok: bool) -> None:
+        """Close the engine, the trackers and the process group; on every process, after the last exchange.
+
+        A thread of gloo's that still holds a tensor while Python ends would abort the process (torch 2.13).
+        """
+        if self.engine is not None:
+            self.engine.close()  # a rollout under way would be waited for
+        atexit.unregister(self.tracker.finish)
+        self.tracker.finish(ok=ok)
+        self.watch.stop()
+        self.accelerator.end_training()
 
 
 def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) -> Run:

@@ -56,6 +56,8 @@ def forever(accelerator, watch, stop):
 def unnoticed(accelerator, watch, stop):
     """Rank 0 hangs where nothing tells it that rank 1 is gone, as in a collective on a GPU."""
     watch.at(7, "all-reduce")
+    while not all(peer.record for peer in watch._peers.values()):  # else it would be one that was never heard of
+        time.sleep(0.05)
     print("running", flush=True)
     time.sleep(1000)
 
@@ -451,7 +453,7 @@ def test_the_groups_own_timeout_comes_later():
 
 
 def test_sigterm_is_a_wish_and_the_handler_is_put_back(capfd):
-    former = signal.getsignal(signal.SIGTERM)
+    former, former_fd = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     stop = StopRequest()
     stop.install()
     try:
@@ -464,7 +466,7 @@ def test_sigterm_is_a_wish_and_the_handler_is_put_back(capfd):
         assert stop.requested
     finally:
         stop.remove()
-    assert signal.getsignal(signal.SIGTERM) == former and signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(signal.SIGTERM) == former and signal.set_wakeup_fd(former_fd) == -1
 
 
 def test_outside_the_main_thread_nothing_is_installed():

@@ -769,6 +769,7 @@ if rank == 0:
 check(2)
 torch.distributed.barrier()
 engine.close()
+torch.distributed.destroy_process_group()
 """
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -377,6 +378,12 @@ def test_a_server_gives_what_the_engine_in_process_gives(server, engine, policy,
     for sampling in ({}, {"temperature": 0.0, "stop": ("1",)}, {"top_p": 0.8}):
         assert tokens(draw(server, prompts, **sampling)) == tokens(draw(engine, prompts, **sampling))
         assert mismatch(policy, prompts, draw(server, prompts, **sampling)) <= TOLERANCE
+
+
+def test_a_servers_engine_is_forked(server):
+    """A new interpreter would import vLLM once more: half of a start."""
+    processes = psutil.Process(server._servers[0].process.pid).children(recursive=True)
+    assert len(processes) == 2  # the server and its engine; multiprocessing's tracker is there where one is spawned
 
 
 def holds(completion: list[int], sequence: list[int]) -> bool:

@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_FORK = "PLUMBLINE_FORK_ENGINE"
 _SECONDS_TO_STOP = 5.0
 
 
@@ -45,8 +47,9 @@ def environment(
             # Memory that is freed is kept: fresh pages are half of what a sync costs.
             "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}",
         }
-        if not any(option.startswith("--tensor-parallel-size") for option in options):
-            needed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less; `fork_engine` goes by it
+        if not any(re.match("-tp|--tensor[-_]parallel", option) for option in options):
+            needed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less
+            needed[_FORK] = "1"
     if ipc:
         needed["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled
     variables = needed | dict(base)
@@ -59,24 +62,24 @@ def environment(
 
 
 def fork_engine() -> None:
-    """On a CPU, fork the engine from the server's process, as vLLM does on a GPU; an entry point of vLLM's plugins.
+    """In a server on a CPU, fork the engine; an entry point of vLLM's plugins, which every process of vLLM's calls.
 
-    vLLM's CPU build starts a new interpreter, which imports everything once more: half of a server's start.
+    vLLM's CPU build starts a new interpreter, which imports everything once more: half of a server's start. The forked
+    one has the server's socket too, so it must not outlive it.
     """
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+    if os.environ.pop(_FORK, "") != "1":
         return
     from vllm.platforms import current_platform
 
     platform: Any = type(current_platform)
     check = platform.check_and_update_config
-    if not current_platform.is_cpu() or check.__name__ == "check_and_fork":
-        return
 
     def check_and_fork(config: object) -> None:
         check(config)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     platform.check_and_update_config = staticmethod(check_and_fork)
+    os.register_at_fork(after_in_child=end_with_parent)
 
 
 def has_cpu_build() -> bool:

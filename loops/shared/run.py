@@ -385,7 +385,6 @@ class Run:
         if self.accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # of the same run, resumed when it had ended
             os.replace(partly, folder)
-        self.accelerator.wait_for_everyone()
         self._wait_for_saver()
         self.end(ok=True)
         self.say(f"model written to {folder}")
@@ -398,16 +397,17 @@ class Run:
         self.stop.remove()
 
     def end(self, *, ok: bool) -> None:
-        """Close the engine, the trackers and the process group; on every process, after the last exchange.
+        """Close the engine and the trackers; on every process.
 
-        A thread of gloo's that still holds a tensor while Python ends would abort the process (torch 2.13).
+        The barrier comes last of all exchanges: a thread of gloo's that still let go of Python's tensors, as after a
+        gather, while the interpreter ends would abort the process (torch 2.13).
         """
+        self.accelerator.wait_for_everyone()
         if self.engine is not None:
             self.engine.close()  # a rollout under way would be waited for
         atexit.unregister(self.tracker.finish)
         self.tracker.finish(ok=ok)
         self.watch.stop()
-        self.accelerator.end_training()
 
 
 def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) -> Run:

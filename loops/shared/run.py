@@ -399,8 +399,8 @@ class Run:
     def end(self, *, ok: bool) -> None:
         """Close the engine and the trackers; on every process.
 
-        The barrier comes last of all exchanges: a thread of gloo's that still let go of Python's tensors, as after a
-        gather, while the interpreter ends would abort the process (torch 2.13).
+        The barrier is the last exchange of all: where that is a gather, one of gloo's threads may still hold tensors of
+        Python's while the interpreter ends, which aborts the process (torch 2.13).
         """
         self.accelerator.wait_for_everyone()
         if self.engine is not None:

@@ -4,8 +4,9 @@
 
 All options are those of vLLM's own server; what training needs besides is switched on here: the routes for weight
 updates and adapters, and token ids in and out. A run connects to it with `--engine vllm-server --server_urls`. It binds
-to loopback unless `--host` says otherwise. A run that starts its own servers calls this file too, with `--parent`: the
-server then ends when that process does, however it ends.
+to loopback unless `--host` says otherwise. With a key (`VLLM_API_KEY` in the environment) only /health and /metrics
+answer without it; of vLLM's own accord anybody could change the weights. A run that starts its own servers calls this
+file too, with `--parent`: the server then ends when that process does, however it ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 _FORK = "PLUMBLINE_FORK_ENGINE"
 _SECONDS_TO_STOP = 5.0
+_OPEN = ("/health", "/metrics")  # routes that a load balancer or Prometheus asks, without a key
 
 
 def environment(
@@ -44,6 +46,7 @@ def environment(
         needed |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads go where the scheduler puts them, beside the trainer's
             "TORCHDYNAMO_DISABLE": "1",  # else two small functions of the sampler are compiled for many seconds
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; half of the machine's memory otherwise
             # Memory that is freed is kept: fresh pages are half of what a sync costs.
             "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}",
         }
@@ -82,6 +85,24 @@ def fork_engine() -> None:
     os.register_at_fork(after_in_child=end_with_parent)
 
 
+class KeyOnEveryRoute:
+    """ASGI middleware: vLLM asks for its key where it samples, this one also where weights are changed."""
+
+    def __init__(self, app: Any):
+        from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+        self._app = app
+        self._guard = AuthenticationMiddleware(app, [os.environ["VLLM_API_KEY"]])
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import JSONResponse
+
+        free = scope["type"] == "lifespan" or scope.get("method") == "OPTIONS" or scope["path"] in _OPEN
+        known = free or self._guard.verify_token(Headers(scope=scope))
+        await (self._app if known else JSONResponse({"error": "Unauthorized"}, 401))(scope, receive, send)
+
+
 def has_cpu_build() -> bool:
     """Whether the installed vLLM is the CPU build."""
     try:
@@ -102,8 +123,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--parent", type=int, help="process whose end ends the server")
     parser.add_argument("--gpus", help="numbers of the GPUs to use, comma-separated; default: all")
     parser.add_argument("--ipc", action="store_true", help="take weights as pickled handles of this GPU's memory")
+    parser.add_argument("--api-key", help="VLLM_API_KEY, which nobody sees in a list of processes, is better")
     own, options = parser.parse_known_args(argv)
-    variables = environment(os.environ, options, on_cpu=has_cpu_build(), gpus=own.gpus, ipc=own.ipc)
+    on_cpu = has_cpu_build()
+    variables = environment(os.environ, options, on_cpu=on_cpu, gpus=own.gpus, ipc=own.ipc)
+    if own.api_key:
+        variables["VLLM_API_KEY"] = own.api_key
+    if variables.get("VLLM_API_KEY"):
+        options = ["--middleware=launch.vllm_server.KeyOnEveryRoute", *options]
+    if on_cpu:  # nothing is compiled there, and a seeded completion fails whose prompt is computed in pieces
+        options = ["--enforce-eager", "--no-enable-chunked-prefill", *options]
     given = {option.split("=")[0] for option in options}
     for flag, value in (("--host", "127.0.0.1"), ("--weight-transfer-config", '{"backend": "plumbline"}')):
         if flag not in given:

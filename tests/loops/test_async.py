@@ -36,8 +36,6 @@ def url(tmp_path_factory):
     """One server for all runs, as a user would start it."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     options = ["--model", str(HOUSE / "data/quickstart/model"), "--port", str(port), "--dtype", "float32"]
-    options += ["--enforce-eager", "--seed", "0"]
-    options += ["--kv-cache-memory-bytes", str(2**26), "--no-enable-chunked-prefill"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, SERVER, *options], cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"

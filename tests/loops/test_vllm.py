@@ -35,7 +35,7 @@ from loops.shared.rollout import weight_transfer as transfer
 from loops.shared.rollout.masks import check_masks
 from loops.shared.rollout.sampling import bad_word_tokens
 from loops.shared.rollout.vllm_engine import Served, VllmEngine
-from loops.shared.rollout.vllm_server import ServerLostError
+from loops.shared.rollout.vllm_server import Server, ServerLostError
 from loops.shared.weights import iter_weights
 
 pytestmark = [
@@ -652,6 +652,29 @@ def test_weights_of_somebody_else_are_refused(server, policy, prompts):
         draw(server, prompts)
     server.sync(policy)
     draw(server, prompts)
+
+
+@pytest.mark.parametrize("key", [None, "abracadabra"])
+def test_without_the_key_nothing_can_be_changed_or_read(server, key, monkeypatch):
+    """vLLM by itself asks for it under /v1 and where it samples."""
+    monkeypatch.delenv("VLLM_API_KEY")
+    if key:
+        monkeypatch.setenv("VLLM_API_KEY", key)
+    stranger = Server(0, server._servers[0].url, transfer.Transport(), 10)
+    for path in (
+        "/pause",
+        "/update_weight_version",
+        "/update_weights",
+        "/reset_prefix_cache",
+        "/inference/v1/generate",
+    ):
+        with pytest.raises(ValueError, match="VLLM_API_KEY"):
+            stranger.call(path, {"new_version": "0123:1"})
+    for path in ("/weight_info", "/v1/models", "/server_info", "/health/"):
+        with pytest.raises(ValueError, match="VLLM_API_KEY"):
+            stranger.call(path, method="GET")
+    stranger.call("/health", method="GET")
+    assert "vllm:" in stranger.call("/metrics", method="GET")
 
 
 def test_a_port_in_use_is_one_sentence(server, policy, tokenizer):

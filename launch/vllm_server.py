@@ -46,7 +46,6 @@ def environment(
         needed |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads go where the scheduler puts them, beside the trainer's
             "TORCHDYNAMO_DISABLE": "1",  # else two small functions of the sampler are compiled for many seconds
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; half of the machine's memory otherwise
             # Memory that is freed is kept: fresh pages are half of what a sync costs.
             "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}",
         }
@@ -91,16 +90,17 @@ class KeyOnEveryRoute:
     def __init__(self, app: Any):
         from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+        async def as_it_came(scope: Any, receive: Any, send: Any) -> None:
+            await app(scope["as_it_came"], receive, send)
+
         self._app = app
-        self._guard = AuthenticationMiddleware(app, [os.environ["VLLM_API_KEY"]])
+        self._guard = AuthenticationMiddleware(as_it_came, [os.environ["VLLM_API_KEY"]])
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        given = [value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"authorization"]
-        free = scope["type"] == "lifespan" or scope.get("method") == "OPTIONS" or scope["path"] in _OPEN
-        if free or self._guard.verify_token({"Authorization": given[0]} if given else {}):
+        if scope.get("path") in _OPEN:
             await self._app(scope, receive, send)
-        else:  # vLLM's words for it
-            await self._guard({**scope, "path": "/v1", "root_path": ""}, receive, send)
+        else:  # every other route is one that vLLM guards
+            await self._guard({**scope, "path": "/v1", "root_path": "", "as_it_came": scope}, receive, send)
 
 
 def has_cpu_build() -> bool:
@@ -129,14 +129,14 @@ def main(argv: Sequence[str]) -> int:
     variables = environment(os.environ, options, on_cpu=on_cpu, gpus=own.gpus, ipc=own.ipc)
     if own.api_key:
         variables["VLLM_API_KEY"] = own.api_key
-    if variables.get("VLLM_API_KEY"):
-        options = ["--middleware=launch.vllm_server.KeyOnEveryRoute", *options]
+    defaults = ["--host=127.0.0.1", '--weight-transfer-config={"backend": "plumbline"}']
     if on_cpu:  # nothing is compiled there, and a seeded completion fails whose prompt is computed in pieces
-        options = ["--enforce-eager", "--no-enable-chunked-prefill", *options]
+        defaults += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        defaults.append(f"--kv-cache-memory-bytes={2**30}")  # not a share of the machine's memory
     given = {option.split("=")[0] for option in options}
-    for flag, value in (("--host", "127.0.0.1"), ("--weight-transfer-config", '{"backend": "plumbline"}')):
-        if flag not in given:
-            options = [f"{flag}={value}", *options]
+    options = [*(option for option in defaults if option.split("=")[0] not in given), *options]
+    if variables.get("VLLM_API_KEY"):
+        options.append("--middleware=launch.vllm_server.KeyOnEveryRoute")
 
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -34,7 +34,7 @@ from loops.shared.rollout import Completion, RolloutConfig, Sampling, build_engi
 from loops.shared.rollout import weight_transfer as transfer
 from loops.shared.rollout.masks import check_masks
 from loops.shared.rollout.sampling import bad_word_tokens
-from loops.shared.rollout.vllm_engine import Served, VllmEngine
+from loops.shared.rollout.vllm_engine import CPU_KV_CACHE_GIB, Served, VllmEngine
 from loops.shared.rollout.vllm_server import Server, ServerLostError
 from loops.shared.weights import iter_weights
 
@@ -386,6 +386,11 @@ def test_a_servers_engine_is_forked(server):
     assert len(processes) == 2  # the server and its engine; multiprocessing's tracker is there where one is spawned
 
 
+def test_a_runs_server_has_the_memory_for_keys_that_the_run_says(server):
+    settings = server._servers[0].call("/server_info?config_format=json", method="GET")["vllm_config"]
+    assert settings["cache_config"]["kv_cache_memory_bytes"] == CPU_KV_CACHE_GIB * 2**30
+
+
 def holds(completion: list[int], sequence: list[int]) -> bool:
     size = len(sequence)
     return any(completion[t : t + size] == sequence for t in range(len(completion) - size + 1))
@@ -497,17 +502,19 @@ def test_completions_follow_a_json_schema(server, engine, policy, tokenizer, pro
 def test_masks_that_vllm_does_not_take_are_refused_before_anything_is_sent(
     server, engine, policy, tokenizer, prompts, sampling, monkeypatch
 ):
-    """Where the engine is built, before vLLM is started, and where it samples; both still sample then."""
+    """At once, where the engine is built, and where it samples; both still sample then."""
     key, value = next(iter(sampling.items()))
     for one in (engine, server):
         with pytest.raises(ValueError, match=key):
             draw(one, prompts, **sampling)
         draw(one, prompts[:1], n=1, max_completion_length=2)
     monkeypatch.setattr(VllmEngine, "_start", lambda self: pytest.fail("vLLM was started"))
+    began = time.monotonic()
     with pytest.raises(ValueError, match=key):
         build_engine(
             small(engine="vllm", **{key: list(value) if isinstance(value, tuple) else value}), policy, tokenizer
         )
+    assert time.monotonic() - began < 2
 
 
 def test_masks_need_an_engine_that_was_built_for_temperature_1(tokenizer, policy):
@@ -640,8 +647,10 @@ def test_a_server_that_comes_back_after_a_failure_serves_again(server, policy, p
     os.killpg(server._servers[0].process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="could not be brought back: the disk was full"):
         draw(server, prompts)
-    wait_for(lambda: server._servers[0].ready and server._failure is None)  # else the next loss would end a run at once
+    wait_for(lambda: server._servers[0].ready and server._failure is None)
     assert mismatch(policy, prompts, draw(server, prompts)) <= TOLERANCE
+    os.killpg(server._servers[0].process.pid, signal.SIGKILL)
+    assert mismatch(policy, prompts, draw(server, prompts)) <= TOLERANCE  # and waits, as if nothing had been
 
 
 def test_weights_of_somebody_else_are_refused(server, policy, prompts):

@@ -555,7 +555,7 @@ def on_two(folder: Path) -> None:
     write = checkpoint._Writer.write_data
     for broken, words in ((fails, "No space left on device"), (hangs, "rank 1 wrote nothing for 1 seconds")):
         checkpoint._Writer.write_data = broken if rank == 1 else write
-        saver.deadline = 1.0 if broken is hangs else 600.0
+        saver.deadline = 1.0 if broken is hangs else saver.deadline
         run.begin(saver, 2)
         with expect(NotSaved, words):
             saver.wait()

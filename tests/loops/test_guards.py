@@ -370,11 +370,12 @@ def test_a_slow_rank_is_waited_for(ended, name):
 
 
 def test_who_is_waited_for_is_said(ended):
-    """Notices after 3 and 6 s of the 8, from one rank; it looks at least every second."""
+    """Notices after 3 and 6 s of the 8, from one rank. (What a rank knows of another one is up to 2 s old.)"""
     notices = [line for line in ended["slow"].outputs[0].splitlines() if "has waited" in line]
     assert len(notices) == 2 and "has waited" not in ended["slow"].outputs[1]
-    told = r"rank 0 at step 20, the step's sums, has waited [67] s for rank 1 \(at step 20, the update"
-    assert re.match(told, notices[1])
+    assert notices[1].startswith(
+        "rank 0 at step 20, the step's sums, has waited 6 s for rank 1 (at step 20, the update"
+    )
 
 
 def test_a_rank_that_is_too_slow_ends_the_run(ended):

@@ -87,10 +87,10 @@ def test_shared_is_a_closed_list():
 
 @pytest.mark.parametrize("loop", ["sft", "dpo", "grpo"])
 def test_a_loop_can_be_read_in_one_sitting(loop):
-    """At most 300 lines; SFT and DPO shorter than GRPO; one class, the Config."""
+    """At most 350 lines; SFT and DPO shorter than GRPO; one class, the Config."""
     text = (HOUSE / f"loops/{loop}.py").read_text()
     lines = {name: len((HOUSE / f"loops/{name}.py").read_text().splitlines()) for name in ("sft", "dpo", "grpo")}
-    assert lines[loop] <= 300 and max(lines["sft"], lines["dpo"]) < lines["grpo"]
+    assert lines[loop] <= 350 and max(lines["sft"], lines["dpo"]) < lines["grpo"]
     assert re.findall(r"^class (\w+)", text, re.M) == ["Config"]
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from loops.shared.rollout.contract import Completion, Engine, Sampling
 
 Verdict = TypeVar("Verdict")
 
 
-class Share(NamedTuple, Generic[Verdict]):
+@dataclass(frozen=True)
+class Share(Generic[Verdict]):
     """What a process sampled for a step, and what was said of it."""
 
     prompts: list[Any]
@@ -85,7 +86,7 @@ class Ahead(Generic[Verdict]):
                 f"a completion was sampled from weight version {wrong[0]}, but the engine serves {newest} and "
                 f"async_level is {self._level}: the engine did not take an update."
             )
-        return share._replace(lag=sum(newest - one.weight_version for group in share.groups for one in group))
+        return replace(share, lag=sum(newest - one.weight_version for group in share.groups for one in group))
 
     def _make(self, step: int) -> Share[Verdict]:
         return self._sample(step, self._recorded.pop(step, None))

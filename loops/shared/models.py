@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import json
 import logging
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +36,10 @@ _DTYPES = {
 }
 _COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
-# Parts of a LoRA adapter made elsewhere that train something other than the low-rank pair of a linear or embedding
-# layer: merging and the reference would not account for them.
-_FOREIGN_LORA = ("target_parameters", "trainable_token_indices", "layer_replication", "lora_bias")
+# Parts of a LoRA adapter made elsewhere that train something other than the low-rank pair of a weight: merging and the
+# reference would not account for them.
+_FOREIGN_LORA = ("trainable_token_indices", "layer_replication", "lora_bias")
+_MERGEABLE_LAYERS = ("Linear", "Embedding", "ParamWrapper", "Linear4bit", "Linear8bitLt")  # peft's own, no others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +403,7 @@ def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:
 
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     device = next(policy.parameters()).device
-    with _seeded(0, device):  # the random start of the copy is overwritten; leave the caller's state alone
+    with quiet_peft("reference"), _seeded(0, device):  # the random start is overwritten; leave the caller's state alone
         policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(policy.peft_config[ADAPTER]))
     policy.set_adapter(ADAPTER)
     _raise_saved_modules(policy)
@@ -550,6 +553,7 @@ def _stay_training(module: nn.Module, mode: bool = True) -> nn.Module:
 def _add_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
     """A fresh LoRA adapter on a base that is frozen by it."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     targets = split_names(config.lora_target_modules)
     _check_modules_exist(base, "lora_target_modules", [] if targets == ["all-linear"] else targets)
@@ -566,8 +570,17 @@ def _add_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
         use_rslora=config.use_rslora,
         modules_to_save=saved or None,
     )
-    policy: Any = get_peft_model(base, lora, adapter_name=ADAPTER, revision=config.revision)
-    _check_layers(policy)
+    with quiet_peft(f"lora_target_modules {', '.join(targets)}, on {type(base).__name__}"):
+        policy: Any = get_peft_model(base, lora, adapter_name=ADAPTER, revision=config.revision)
+    if config.use_rslora:  # peft doubles rank and alpha where it fuses two of a layer's weights: right for alpha/r only
+        lora = policy.peft_config[ADAPTER]
+        for key, rank in lora.rank_pattern.items():
+            lora.alpha_pattern[key] = alpha * math.sqrt(rank / lora.r)
+        for layer in policy.modules():
+            if isinstance(layer, LoraLayer) and layer.r[ADAPTER] != lora.r:
+                layer.lora_alpha[ADAPTER] = alpha * math.sqrt(layer.r[ADAPTER] / lora.r)
+                layer.set_scale(ADAPTER, 1.0)
+    _check_layers(policy, merge=config.exports_merged)
     _raise_saved_modules(policy)
     return policy
 
@@ -602,8 +615,9 @@ def _continue_adapter(base: PreTrainedModel, folder: Path, config: ModelConfig) 
         logger.warning("continuing the adapter %s with its own %s", folder, ", ".join(differing))
 
     saved.inference_mode = False
-    policy: Any = get_peft_model(base, saved, adapter_name=ADAPTER, revision=saved.revision)
-    _check_layers(policy)
+    with quiet_peft(f"model_id: the adapter {folder}"):
+        policy: Any = get_peft_model(base, saved, adapter_name=ADAPTER, revision=saved.revision)
+    _check_layers(policy, merge=config.exports_merged)
     _raise_saved_modules(policy)  # before the weights are read, which would be rounded otherwise
     tensors = load_file(file)
     # peft would only warn about tensors that found no place, and leave the others random.
@@ -631,8 +645,8 @@ def _check_modules_exist(base: nn.Module, key: str, names: list[str]) -> None:
         )
 
 
-def _check_layers(policy: PeftModel) -> None:
-    """Every adapter must be one that merging knows: on a linear layer, or (without DoRA) on an embedding."""
+def _check_layers(policy: PeftModel, *, merge: bool) -> None:
+    """Every adapter must be on a linear layer, on experts, or (without DoRA) on an embedding; and known to `merge`."""
     from peft.tuners.lora import LoraLayer
 
     layers = [(path, module) for path, module in policy.named_modules() if isinstance(module, LoraLayer)]
@@ -644,6 +658,34 @@ def _check_layers(policy: PeftModel) -> None:
             raise ValueError(f"lora_target_modules: {path} is neither linear nor an embedding; leave it out.")
         if not linear and layer.use_dora.get(ADAPTER):
             raise ValueError(f"lora_target_modules: {path} is an embedding, which use_dora does not cover; drop one.")
+    if merge:
+        refuse_unmergeable(policy)
+
+
+def adapted_name(layer: Any) -> str:
+    """The name that the weight of a LoRA layer has in its module; `weight` but for the experts of a MoE."""
+    return getattr(layer, "parameter_name", "weight")
+
+
+def refuse_unmergeable(policy: nn.Module) -> None:
+    """Raise ValueError for an adapter that is not W + scaling * B A (or DoRA) on ordinary or bitsandbytes' weights."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, layer in policy.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        kind = type(layer).__name__.removeprefix("FSDP")
+        variant = layer.lora_variant.get(ADAPTER)
+        weight = getattr(layer.get_base_layer(), adapted_name(layer), None)
+        numbers = getattr(weight, "dtype", None) in _DTYPES.values()
+        if kind in _MERGEABLE_LAYERS and (numbers or type(weight).__name__ in ("Params4bit", "Int8Params")):
+            if variant is None or type(variant).__name__.startswith("Dora"):
+                continue
+            kind = type(variant).__name__
+        raise ValueError(
+            f"lora_target_modules: the adapter of {path} ({kind}) cannot be merged into its weights; leave that "
+            "module out, or set merge_weights: false."
+        )
 
 
 def _raise_saved_modules(policy: PeftModel) -> None:
@@ -696,6 +738,22 @@ def _changes_nothing(policy: PeftModel) -> bool:
                 if not torch.equal(original.to(trained.dtype), trained):
                     return False
     return True
+
+
+@contextmanager
+def quiet_peft(what: str) -> Iterator[None]:
+    """Without peft's warnings that say nothing to a user; its errors as one sentence that begins with `what`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # it looks at modules only; ranks and scales of experts, which are parameters, are set all the same
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match any targeted")
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise ValueError(f"{what}: peft says: {reason}.") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loops.shared.models import ADAPTER, reshard
+from loops.shared.models import ADAPTER, adapted_name, quiet_peft, refuse_unmergeable, reshard
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,10 +36,15 @@ def iter_weights(
 
     Every rank has to run through the whole iteration: a sharded tensor is gathered by all ranks when its turn comes.
     Names are those of the model in memory; an architecture whose experts transformers fuses has other names in files.
+
+    Raises:
+        ValueError: there is an adapter that merging does not know.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+    if adapter:
+        refuse_unmergeable(model)
     reshard(model)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     seen: set[int] = set()
@@ -49,7 +54,7 @@ def iter_weights(
                 continue
             seen.add(id(tensor))
         if isinstance(owner, LoraLayer):
-            whole = _merged(owner, dtype) if adapter else _plain(owner.get_base_layer(), tensor)
+            whole = _merged(owner, tensor, dtype) if adapter else _plain(owner.get_base_layer(), tensor)
         else:
             whole = _plain(owner, tensor)
         if type(tensor).__name__ == "Int8Params":
@@ -142,8 +147,9 @@ def _cell(entry: Any) -> str:
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor, torch.dtype | None]]:
     """(plain name, owner, tensor, dtype to round to) of all that a checkpoint holds.
 
-    A LoRA layer owns the weight it adapts. A dtype of None keeps the tensor's own; only modules that were saved whole
-    have another one, since they are trained in float32 whatever the base has.
+    A LoRA layer owns the weight it adapts; one around another (two weights of fused experts) only its own. A dtype of
+    None keeps the tensor's own; only modules that were saved whole have another one, since they are trained in float32
+    whatever the base has.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -155,8 +161,9 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tens
         ):
             yield name, owner, tensor, original[2].dtype
     elif isinstance(module, LoraLayer):
-        for name, owner, tensor, dtype in _walk(module.get_base_layer(), prefix):
-            yield name, module if name == f"{prefix}weight" else owner, tensor, dtype
+        own: Any = module
+        for name, owner, tensor, dtype in _walk(own.base_layer, prefix):
+            yield name, module if name == f"{prefix}{adapted_name(module)}" else owner, tensor, dtype
     else:
         for name, parameter in module.named_parameters(recurse=False):
             yield f"{prefix}{name}", module, parameter, None
@@ -185,20 +192,24 @@ def _plain(owner: nn.Module, tensor: Tensor) -> Tensor:
     return whole
 
 
-def _merged(layer: Any, dtype: torch.dtype | None) -> Tensor:
+def _merged(layer: Any, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The weight of a LoRA layer with its adapter added; W + scaling * B A, rows rescaled to the magnitudes of DoRA.
 
     Rounded to `dtype`, or with None to the base's.
     """
-    base_layer = layer.get_base_layer()
-    weight = _plain(base_layer, base_layer.weight)
+    weight = _plain(layer.get_base_layer(), tensor)
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if ADAPTER in layer.lora_embedding_A:
         a, b = _whole(layer.lora_embedding_A[ADAPTER]), _whole(layer.lora_embedding_B[ADAPTER])
         delta = (b @ a).T  # [V, H]
     else:
         a, b = _whole(layer.lora_A[ADAPTER].weight), _whole(layer.lora_B[ADAPTER].weight)
-        delta = b @ a  # [out, in]
+        if getattr(layer, "num_experts", 1) > 1:  # peft's layout: A [E * r, in], B [out, r * E]
+            a, b = a.reshape(layer.num_experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, layer.num_experts)
+            delta = torch.einsum("ore,eri->eoi", b, a)
+            delta = delta if layer._did_swap_in_out_features else delta.mT  # as the base keeps its experts
+        else:
+            delta = b @ a  # [out, in]
     merged = exact.T if layer.fan_in_fan_out else exact
     merged = merged + delta * layer.scaling[ADAPTER]
     if layer.use_dora.get(ADAPTER):
@@ -273,7 +284,7 @@ def _write_adapter(model: Any, trained: Mapping[str, Tensor], folder: Path) -> N
 
     config = copy.deepcopy(model.peft_config[ADAPTER])
     base = _clean_twin(model)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet_peft("export"):
         twin = get_peft_model(base, copy.deepcopy(config), adapter_name=ADAPTER)
     adapter = get_peft_model_state_dict(
         twin, state_dict=dict(trained), adapter_name=ADAPTER, save_embedding_layers=False
@@ -287,7 +298,7 @@ def _write_adapter(model: Any, trained: Mapping[str, Tensor], folder: Path) -> N
     source = str(base.name_or_path)
     config.base_model_name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
     config.inference_mode = True
-    for key in ("target_modules", "modules_to_save"):  # sets: sorted, so that the file is the same in every run
+    for key in ("target_modules", "target_parameters", "modules_to_save"):  # sets: sorted, for one file in all runs
         if isinstance(getattr(config, key), (set, list)):
             setattr(config, key, sorted(getattr(config, key)))
     config.save_pretrained(str(folder))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.parallel import DistributedDataParallel
@@ -18,8 +19,12 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -766,6 +771,96 @@ def test_mixture_of_experts_keep_their_checkpoint_names(tmp_path):
     assert names[0] == names[1]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(policy), rtol=0, atol=1e-5)
+
+
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MOES = {
+    "qwen3-moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
+    "mixtral": (MixtralForCausalLM, MixtralConfig),
+    "gpt-oss": (GptOssForCausalLM, GptOssConfig),  # [in, out], and only adapted when asked
+}
+
+
+def save_moe(folder: Path, kind: str = "qwen3-moe") -> str:
+    model, config = MOES[kind]
+    torch.manual_seed(0)
+    model(config(**SHAPE, **EXPERTS, sliding_window=16)).save_pretrained(folder)
+    save_tokenizer(folder, eos_token="<eos>")
+    return str(folder)
+
+
+def shake(model) -> None:
+    """Moves everything that trains."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
+def test_the_adapters_of_experts_and_routers_are_merged(tmp_path, kind):
+    """all-linear reaches the fused experts, one wrapper inside another, and the router: the merged folder has them."""
+    policy = build(save_moe(tmp_path / "base", kind))
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    assert any("experts.base_layer.lora_A" in name for name in names) and any("gate.lora_A" in name for name in names)
+    before = logits(policy)
+    shake(policy)
+    expected = logits(policy)
+    assert (expected - before).std() > 0.1
+    export(policy, tmp_path / "merged", merge=True, model_id=str(tmp_path / "base"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+    streamed = {name: tensor.clone() for name, tensor in iter_weights(policy)}
+    for name, tensor in copy.deepcopy(policy).merge_and_unload().state_dict().items():
+        torch.testing.assert_close(streamed[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_an_adapter_of_experts_can_be_continued_and_compared_with(tmp_path, kind):
+    """What one run writes the next one reads: same logits, and the reference stays when the policy moves on."""
+    base = save_moe(tmp_path / "base", kind)
+    if kind == "gpt-oss":
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+        lora.target_parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        first = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    else:
+        first = build(base)
+        shake(first)
+    export(first, tmp_path / "adapter", merge=False, model_id=base)
+    second = build(str(tmp_path / "adapter"))
+    assert torch.equal(logits(second), logits(first))
+    reference = build_reference(second)
+    train(second, steps=1)
+    with reference.active() as model, torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, logits(first))
+    assert not torch.equal(logits(second), logits(first))
+    export(second, tmp_path / "merged", merge=True, model_id=base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(second), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_experts_have_the_scale_that_was_asked_for(tmp_path, use_rslora):
+    """gate and up are one tensor, for which peft takes twice the rank: the scale stays alpha/r, or alpha/sqrt(r)."""
+    policy = build(save_moe(tmp_path / "base"), lora_r=4, lora_alpha=8, use_rslora=use_rslora)
+    scales = {layer.scaling[ADAPTER] for layer in policy.modules() if hasattr(layer, "lora_A")}
+    assert all(scale == pytest.approx(8 / 4**0.5 if use_rslora else 8 / 4) for scale in scales)
+    shake(policy)
+    export(policy, tmp_path / "adapter", merge=False, model_id=str(tmp_path / "base"))
+    assert torch.equal(logits(build(str(tmp_path / "adapter"))), logits(policy))
+
+
+def test_an_adapter_that_merging_does_not_know_is_refused_by_name(tmp_path, model_id):
+    """aLoRA is active behind its invocation tokens only: no weight is the same for all tokens."""
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model_id), lora)
+    with pytest.raises(ValueError, match="q_proj .ALoraLinearVariant. cannot be merged"):
+        dict(iter_weights(policy))
+    export(policy, tmp_path / "adapter", merge=False, model_id=model_id)
+    assert build(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        build(str(tmp_path / "adapter"), merge_weights=True)
 
 
 def test_transposed_linear_layers_are_merged_too(tmp_path):

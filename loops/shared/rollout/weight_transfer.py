@@ -62,6 +62,8 @@ def unserved_adapter(policy: nn.Module) -> str | None:
         return f"modules_to_save trains {', '.join(sorted(lora.modules_to_save))} whole"
     if lora.rank_pattern or lora.alpha_pattern or lora.bias != "none" or getattr(lora, "lora_bias", False):
         return "the adapter has ranks, scales or biases of its own for some modules"
+    if getattr(lora, "target_parameters", None):
+        return "the adapter covers experts (target_parameters)"
     if lora.r > LORA_RANKS[-1]:
         return f"lora_r is {lora.r} and vLLM serves at most {LORA_RANKS[-1]}"
     ends = {id(policy.get_input_embeddings()), id(policy.get_output_embeddings())}

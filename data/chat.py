@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from data.tools import parse_tool_calls, parse_tools, with_probe_names
@@ -53,12 +53,33 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference pair; the prompt is the longest common token prefix after joint tokenisation."""
+    """One preference pair: its prompt and two whole completions, which may begin alike. Flags say as in `Example` which
+    tokens of a completion are scored; none at all: every token."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     number: int = 0  # of the row in its data, from 1
+    chosen_is_target: list[bool] = field(default_factory=list)
+    rejected_is_target: list[bool] = field(default_factory=list)
+
+    def completions(self) -> list[tuple[list[int], list[bool]]]:
+        """(ids, which of them are targets) of the chosen and of the rejected completion."""
+        return [
+            (self.chosen_ids, self.chosen_is_target or [True] * len(self.chosen_ids)),
+            (self.rejected_ids, self.rejected_is_target or [True] * len(self.rejected_ids)),
+        ]
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that both completions begin with and score alike; each keeps one that is its own."""
+        chosen, rejected = (list(zip(*completion, strict=True))[:-1] for completion in self.completions())
+        return _shared_length(chosen, rejected)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed: what is shared once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids) - self.num_shared
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,7 @@ class EncodeReport:
     too_long: int = 0
     """Dropped: longer than max_seq_length (for `truncate`: already the prompt fills it)."""
     unusable: int = 0
-    """Dropped: nothing to train on, or chosen and rejected do not differ or share no beginning."""
+    """Dropped: nothing to train on, or chosen and rejected do not differ or have no prompt in common."""
     max_seq_length: int = 0
 
     def __str__(self) -> str:
@@ -139,7 +160,7 @@ def encode_example(
             start = len(prompt) if config.completion_only_loss else 0
             ids, is_target = _encode_plain(prompt + completion, tokenizer, start)
         else:
-            context, reply = _as_messages(prompt, "user", "prompt"), _as_messages(completion, "assistant", "completion")
+            context, reply = _join(prompt, completion, "completion")
             first = len(context) if config.completion_only_loss else None
             ids, is_target = _encode_conversation(context + reply, row, tokenizer, first)
     elif row.get("messages") is not None:
@@ -169,40 +190,46 @@ def encode_pair(
 ) -> Pair | None:
     """A preference row (`chosen`, `rejected`, and `prompt` unless both contain it) as tokens; None drops it.
 
-    Both sequences are tokenised whole; what they share from the start is the prompt, and each keeps at least one token
-    that differs. Conversations end at the stop token of their last assistant turn.
+    Both sequences are tokenised whole. The prompt is the column's; without one it is the messages that both
+    conversations begin with, or the tokens that both texts begin with. What the completions begin with is theirs. Of
+    conversations the assistant turns are scored, up to and including their stop tokens.
     """
     report = report or EncodeReport()
     if row.get("chosen") is None or row.get("rejected") is None:
         raise ValueError(_missing("chosen and rejected", "chosen_template, rejected_template", row))
-    prompt = row.get("prompt")
-    sequences = []
-    for name in ("chosen", "rejected"):
-        if isinstance(row[name], str) and (prompt is None or isinstance(prompt, str)):
-            sequences.append(_encode_plain((prompt or "") + row[name], tokenizer, 0)[0])
-            continue
-        reply = _as_messages(row[name], "assistant", name)
-        context = [] if prompt is None else _as_messages(prompt, "user", "prompt")
-        messages = context + reply
-        tools = parse_tools(row.get("tools"))
-        text = _render_checked(messages, tools, tokenizer)
-        spans = _assistant_spans(text, messages, tools, tokenizer, len(context) or len(messages) - 1)
-        sequences.append(_tokenise(text[: spans[-1][1]] if spans else text, [], tokenizer, special=False)[0])
+    prompt, replies = row.get("prompt"), (row["chosen"], row["rejected"])
+    if all(isinstance(reply, str) for reply in replies) and isinstance(prompt, str | None):
+        text = prompt or ""
+        sides = [_encode_plain(text + reply, tokenizer, len(text)) for reply in replies]
+        if prompt is None:
+            shared = _shared_length(sides[0][0], sides[1][0])
+            sides = [(ids, [False] * shared + [True] * (len(ids) - shared)) for ids, _ in sides]
+    else:
+        messages = _pair_messages(prompt, *replies)
+        if any(_asks_nothing(context, reply) for context, reply in messages):
+            report.unusable += 1
+            return None
+        sides = [
+            _encode_conversation(context + reply, row, tokenizer, len(context), cut=True) for context, reply in messages
+        ]
 
-    chosen, rejected = sequences
-    shared = _shared_length(chosen, rejected)
-    if shared == 0 or shared in (len(chosen), len(rejected)):
+    (chosen, _), (rejected, _) = sides
+    starts = [is_target.index(True) if any(is_target) else 0 for _, is_target in sides]
+    start = min(_shared_length(chosen, rejected), *starts)
+    if start == 0 or chosen == rejected:
         report.unusable += 1
         return None
     longest = max(len(chosen), len(rejected))
     if not _may_stay(longest, config, report):
         return None
-    if shared >= config.max_seq_length:
+    end = config.max_seq_length
+    if chosen[:end] == rejected[:end] or not all(any(is_target[:end]) for _, is_target in sides):
         report.too_long += 1
         return None
-    report.truncated += longest > config.max_seq_length
-    end = config.max_seq_length
-    return Pair(chosen[:shared], chosen[shared:end], rejected[shared:end])
+    report.truncated += longest > end
+    flags = [is_target[start:end] for _, is_target in sides]
+    flags = [[] if all(is_target) else is_target for is_target in flags]
+    return Pair(chosen[:start], chosen[start:end], rejected[start:end], 0, *flags)
 
 
 def encode_prompt(
@@ -215,12 +242,16 @@ def encode_prompt(
     report = report or EncodeReport()
     tools = parse_tools(row.get("tools"))
     prompt = row.get("prompt")
-    if isinstance(prompt, str):
+    replies = [name for name in ("completion", "chosen") if row.get(name) and not isinstance(row[name], str)]
+    if isinstance(prompt, str) and not replies:
         text = prompt
         ids = _tokenise(text, [], tokenizer, special=True)[0]
     elif prompt is not None or row.get("messages") is not None:
         name = "messages" if prompt is None else "prompt"
-        messages = _as_messages(row[name], "user", name)
+        if prompt is not None and replies:  # as training joins them
+            messages = _join(prompt, row[replies[0]], replies[0])[0]
+        else:
+            messages = _as_messages(row[name], "user", name)
         while name == "messages" and messages and messages[-1]["role"] == "assistant":
             messages.pop()
         text = _render_checked(messages, tools, tokenizer, generation_prompt=True)
@@ -270,12 +301,15 @@ def _encode_plain(text: str, tokenizer: Tokenizer, start: int) -> tuple[list[int
 
 
 def _encode_conversation(
-    messages: list[Message], row: Row, tokenizer: Tokenizer, first: int | None
+    messages: list[Message], row: Row, tokenizer: Tokenizer, first: int | None, *, cut: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Ids and targets: the assistant turns from message `first` on, or with None every token."""
+    """Ids and targets: the assistant turns from message `first` on, or with None every token. `cut` leaves out what
+    follows the last of them."""
     tools = parse_tools(row.get("tools"))
     text = _render_checked(messages, tools, tokenizer)
     spans = [(0, len(text))] if first is None else _assistant_spans(text, messages, tools, tokenizer, first)
+    if cut and spans:
+        text = text[: spans[-1][1]]
     ids, is_target = _tokenise(text, spans, tokenizer, special=False)
     if is_target:
         is_target[0] = False
@@ -320,8 +354,8 @@ def _prefix_ids(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _shared_length(left: list[int], right: list[int]) -> int:
-    """How many ids two sequences share from the start."""
+def _shared_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """How many ids (or flagged ids, or messages) two sequences share from the start."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index
@@ -340,6 +374,60 @@ def _as_messages(value: Any, role: str, key: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"its {key} is {_shown(value)}; give text or a list of messages with role and content.")
     return [_as_message(message, key) for message in value]
+
+
+def _join(prompt: Any, reply: Any, name: str) -> tuple[list[Message], list[Message]]:
+    """The messages of `prompt` and those that column `name` adds to them.
+
+    A reply may begin with the prompt, or with its last turns (UltraFeedback's chosen and rejected are whole
+    conversations): what both say is taken once. A system message may stand in either.
+    """
+    context, reply = _as_messages(prompt, "user", "prompt"), _as_messages(reply, "assistant", name)
+    if reply[0]["role"] in _SYSTEM:
+        if context[0]["role"] not in _SYSTEM:
+            context = [reply[0], *context]
+        elif not _same(context[:1], reply[:1]):
+            raise ValueError(f"its prompt and its {name} begin with different system messages; keep one of them.")
+        reply = reply[1:]
+    for begin, message in enumerate(context):
+        if message["role"] == "user" and _same(context[begin:], reply[: len(context) - begin]):
+            reply = reply[len(context) - begin :]
+            break
+    if not reply:
+        raise ValueError(f"its {name} ends where its prompt ends; give it a reply.")
+    asked = [message for message in context if message["role"] == "user"][:1]
+    if reply[0]["role"] == "user" and (context[-1]["role"] == "user" or _same(asked, reply[:1])):
+        raise ValueError(
+            f"its {name} begins with the user's words {_shown(reply[0]['content'])}, which are not its prompt;"
+            f" take them out of {name}, or take the column prompt out of rows whose {name} is the whole conversation."
+        )
+    return context, reply
+
+
+_SYSTEM = ("system", "developer")
+
+
+def _same(left: list[Message], right: list[Message]) -> bool:
+    """Whether two lists of messages say the same; blanks at the ends of their contents do not count."""
+    said = [[(m["role"], m["content"].strip(), m.get("tool_calls")) for m in messages] for messages in (left, right)]
+    return said[0] == said[1]
+
+
+def _pair_messages(prompt: Any, chosen: Any, rejected: Any) -> list[tuple[list[Message], list[Message]]]:
+    """(prompt, completion) of both sides of a pair; without a prompt it is the messages that both sides begin with."""
+    if prompt is None:
+        whole = [_as_messages(side, "assistant", name) for side, name in ((chosen, "chosen"), (rejected, "rejected"))]
+        shared = _shared_length(whole[0][:-1], whole[1][:-1])
+        return [(messages[:shared], messages[shared:]) for messages in whole]
+    sides = [_join(prompt, chosen, "chosen"), _join(prompt, rejected, "rejected")]
+    if sides[0][0] != sides[1][0]:
+        raise ValueError("its chosen and rejected have different system messages; give both the same.")
+    return sides
+
+
+def _asks_nothing(context: list[Message], reply: list[Message]) -> bool:
+    """Whether the question of a pair stands in its completion, so that the other completion may answer another one."""
+    return not context or (reply[0]["role"] == "user" and all(message["role"] in _SYSTEM for message in context))
 
 
 def _as_message(message: Any, key: str) -> Message:

@@ -337,14 +337,16 @@ def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_system_prompt(row: Row, system_prompt: str, where: str) -> None:
-    # A conversation starts in `messages` or `prompt`; a pair without a prompt starts in both of its completions.
-    starts = [name for name in ("messages", "prompt") if row.get(name) is not None] or ["chosen", "rejected"]
-    conversations = [name for name in starts if isinstance(row.get(name), list)]
+    # A conversation starts in `messages` or `prompt`; without a prompt, or with one that is text, in the replies.
+    replies = [name for name in ("completion", "chosen", "rejected") if isinstance(row.get(name), list)]
+    conversations = [name for name in ("messages", "prompt") if isinstance(row.get(name), list)] or replies
     if not conversations:
         raise ValueError(
             f"system_prompt needs conversations and {where} is plain text;"
             " set apply_chat_template: true or write it into input_template."
         )
+    if any(row[name] and row[name][0].get("role") == "system" for name in replies):
+        return
     for name in conversations:
         if not row[name] or row[name][0].get("role") != "system":
             row[name] = [{"role": "system", "content": system_prompt}, *row[name]]

@@ -5,9 +5,11 @@ prefix: an SFT sequence is one segment; a preference pair is a prompt and two se
 a prompt and its completions. A segment's tokens attend causally to its prefix, then to themselves, and to nothing else.
 
 This is the one place that shifts: target k is predicted by the hidden state at flat index `predictors[k]`, which for
-the first token of a completion is the last token of its prompt. Everything after works on `[B, T]` with a mask.
+the first token of a completion is the last token of its prompt. Everything after works on `[B, T]` with a mask. A
+target of a segment that several rows continue (what both completions of a pair begin with) is computed once and stands
+in each of these rows.
 
-Legend: N tokens of the batch, K targets, B sequences (rows), T columns (target places of the longest row).
+Legend: N tokens of the batch, K targets, M places of targets, B sequences (rows), T columns (of the longest row).
 """
 
 from __future__ import annotations
@@ -107,10 +109,12 @@ class PackedBatch:
     position_ids: torch.Tensor  # [1, N], running on from the prefix
     segments: tuple[Segment, ...]
     row_segments: tuple[int, ...]  # [B] the segment that ends each row
+    row_offsets: torch.Tensor  # [B] tokens of the row before column 0
     predictors: torch.Tensor  # [K] flat index of the hidden state that predicts each target
     targets: torch.Tensor  # [K] token ids
-    rows: torch.Tensor  # [K] place of each target in [B, T]
-    columns: torch.Tensor  # [K]
+    sources: torch.Tensor  # [M] number of the target at each place; K = M unless rows have targets in common
+    rows: torch.Tensor  # [M] the places in [B, T]
+    columns: torch.Tensor  # [M]
     mask: torch.Tensor  # [B, T] True where a target stands
     numbers: tuple[int, ...] = ()  # of the data's rows that are in it, for messages
 
@@ -121,42 +125,40 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        names = ("input_ids", "position_ids", "predictors", "targets", "rows", "columns", "mask")
+        names = "input_ids position_ids row_offsets predictors targets sources rows columns mask".split()
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved)
 
     def scatter(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the targets [K] laid out as [B, T], zero elsewhere."""
+        return self.place(values.index_select(0, self.sources))
+
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """One value per place [M] laid out as [B, T], zero elsewhere."""
         return values.new_zeros(self.mask.shape).index_put((self.rows, self.columns), values)
 
     def lay_out(self, values: Sequence[Sequence[float]]) -> torch.Tensor:
         """One list of numbers a row (`values[b][t]` belongs to column t) as fp32 [B, T], zero outside the mask."""
-        flat = [values[b][t] for b, t in zip(self.rows.tolist(), self.columns.tolist(), strict=True)]
-        return self.scatter(torch.tensor(flat, dtype=torch.float32, device=self.mask.device))
+        laid = torch.zeros(self.mask.shape)
+        for b, row in enumerate(values):
+            laid[b, : len(row)] = torch.tensor(row)
+        return laid.to(self.mask.device).masked_fill(~self.mask, 0.0)
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same rows as a plain right-padded batch: (input_ids [B, L], attention_mask [B, L], predictors [K])."""
-        parts = []  # per row: (prefix or None, own segment)
-        for index in self.row_segments:
-            own = self.segments[index]
-            parts.append((self.segments[own.prefix] if own.prefix >= 0 else None, own))
-        lengths = [(prefix.length if prefix else 0) + own.length for prefix, own in parts]
-        input_ids = self.input_ids.new_zeros(len(parts), max(lengths, default=0))
+        """The same rows as a plain right-padded batch: (input_ids [B, L], attention_mask [B, L], predictors [M])."""
+        whole = []
+        for number in self.row_segments:
+            parts: list[torch.Tensor] = []
+            while number >= 0:
+                start, length, number = self.segments[number]
+                parts.insert(0, self.input_ids[0, start : start + length])
+            whole.append(torch.cat(parts))
+        input_ids = self.input_ids.new_zeros(len(whole), max(map(len, whole), default=0))
         attention_mask = torch.zeros_like(input_ids)
-        flat = self.input_ids[0]
-        shift = torch.zeros(len(parts), 4, dtype=torch.long)  # own start, own shift, prefix shift per row
-        for b, (prefix, own) in enumerate(parts):
-            ids = flat[own.start : own.start + own.length]
-            if prefix:
-                ids = torch.cat([flat[prefix.start : prefix.start + prefix.length], ids])
+        for b, ids in enumerate(whole):
             input_ids[b, : len(ids)] = ids
             attention_mask[b, : len(ids)] = 1
-            shift[b, 0] = own.start
-            shift[b, 1] = (prefix.length if prefix else 0) - own.start
-            shift[b, 2] = -prefix.start if prefix else 0
-        start, own_shift, prefix_shift = shift.to(flat.device)[self.rows].unbind(1)[:3]
-        predictors = self.predictors + torch.where(self.predictors >= start, own_shift, prefix_shift)
-        return input_ids, attention_mask, predictors
+        return input_ids, attention_mask, self.row_offsets[self.rows] + self.columns - 1
 
 
 class _Builder:
@@ -167,10 +169,13 @@ class _Builder:
         self.positions: list[int] = []
         self.segments: list[Segment] = []
         self.row_segments: list[int] = []
+        self.row_offsets: list[int] = []
         self.predictors: list[int] = []
         self.targets: list[int] = []
+        self.sources: list[int] = []
         self.rows: list[int] = []
         self.columns: list[int] = []
+        self.width = 0
 
     def segment(self, ids: Sequence[int], prefix: int = -1) -> int:
         """Append a segment; returns its number."""
@@ -180,34 +185,40 @@ class _Builder:
         self.positions.extend(range(first, first + len(ids)))
         return len(self.segments) - 1
 
-    def row(self, segment: int, is_target: Sequence[bool], first_predictor: int | None) -> None:
-        """End a row with `segment`. `first_predictor` predicts the segment's first token (None: nothing does)."""
-        b, start = len(self.row_segments), self.segments[segment].start
+    def train(self, number: int, is_target: Sequence[bool], skip: int = 0) -> tuple[list[int], list[int]]:
+        """Make the flagged tokens of a segment targets, `is_target[0]` being token `skip`; the first token of a segment
+        without prefix has no predictor and is none. Returns (numbers of the targets, places of their flags)."""
+        start, _, prefix = self.segments[number]
+        places = [t for t, wanted in enumerate(is_target) if wanted and (t + skip or prefix >= 0)]
+        known = len(self.targets)
+        for index in (start + skip + t for t in places):
+            self.targets.append(self.ids[index])
+            self.predictors.append(index - 1 if index > start else sum(self.segments[prefix][:2]) - 1)
+        return list(range(known, len(self.targets))), places
+
+    def row(self, segment: int, sources: Sequence[int], columns: Sequence[int], *, offset: int, width: int) -> None:
+        """End a row with `segment`: target `sources[i]` stands in column `columns[i]` of `width`, the row's token
+        `offset + columns[i]`."""
+        self.rows.extend([len(self.row_segments)] * len(columns))
         self.row_segments.append(segment)
-        for t, wanted in enumerate(is_target):
-            predictor = start + t - 1 if t else first_predictor
-            if wanted and predictor is not None:
-                self.predictors.append(predictor)
-                self.targets.append(self.ids[start + t])
-                self.rows.append(b)
-                self.columns.append(t)
+        self.row_offsets.append(offset)
+        self.sources.extend(sources)
+        self.columns.extend(columns)
+        self.width = max(self.width, width)
 
     def batch(self, numbers: Iterable[int] = ()) -> PackedBatch:
-        rows, columns = torch.tensor(self.rows, dtype=torch.long), torch.tensor(self.columns, dtype=torch.long)
-        width = max((self.segments[s].length for s in self.row_segments), default=0)
-        mask = torch.zeros(len(self.row_segments), width, dtype=torch.bool)
-        mask[rows, columns] = True
+        names = ("row_offsets", "predictors", "targets", "sources", "rows", "columns")
+        tensors = {name: torch.tensor(getattr(self, name), dtype=torch.long) for name in names}
+        mask = torch.zeros(len(self.row_segments), self.width, dtype=torch.bool)
+        mask[tensors["rows"], tensors["columns"]] = True
         return PackedBatch(
             input_ids=torch.tensor([self.ids], dtype=torch.long),
             position_ids=torch.tensor([self.positions], dtype=torch.long),
             segments=tuple(self.segments),
             row_segments=tuple(self.row_segments),
-            predictors=torch.tensor(self.predictors, dtype=torch.long),
-            targets=torch.tensor(self.targets, dtype=torch.long),
-            rows=rows,
-            columns=columns,
             mask=mask,
             numbers=tuple(dict.fromkeys(numbers)),
+            **tensors,
         )
 
 
@@ -217,7 +228,8 @@ def pack_examples(examples: Sequence[Example]) -> PackedBatch:
         return empty_batch()
     builder = _Builder()
     for example in examples:
-        builder.row(builder.segment(example.input_ids), example.is_target, None)
+        segment = builder.segment(example.input_ids)
+        builder.row(segment, *builder.train(segment, example.is_target), offset=0, width=len(example.input_ids))
     return builder.batch(example.number for example in examples)
 
 
@@ -235,10 +247,11 @@ def pack_groups(
     builder = _Builder()
     for prompt_ids, completions in groups:
         prompt = builder.segment(prompt_ids)
-        last = builder.segments[prompt].start + len(prompt_ids) - 1
         for ids in completions:
             wanted = trained is None or trained[len(builder.row_segments)]
-            builder.row(builder.segment(ids, prompt), [wanted] * len(ids), last)
+            segment = builder.segment(ids, prompt)
+            places = builder.train(segment, [wanted] * len(ids))
+            builder.row(segment, *places, offset=len(prompt_ids), width=len(ids))
     return builder.batch(numbers)
 
 
@@ -258,9 +271,22 @@ def pack_completions(
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
-    """Preference pairs; rows 2p and 2p+1 are the chosen and the rejected completion of pair p."""
-    groups = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-    return pack_groups(groups, numbers=(pair.number for pair in pairs))
+    """Preference pairs; rows 2p and 2p+1 are the chosen and the rejected completion of pair p, column t is token t of a
+    completion. The prompt and what both completions begin with are one segment, and its targets stand in both rows."""
+    if not pairs:
+        return empty_batch()
+    builder = _Builder()
+    for pair in pairs:
+        shared, offset = pair.num_shared, len(pair.prompt_ids)
+        completions = pair.completions()
+        begin = builder.segment([*pair.prompt_ids, *pair.chosen_ids[:shared]])
+        sources, columns = builder.train(begin, completions[0][1][:shared], skip=offset)
+        for ids, is_target in completions:
+            segment = builder.segment(ids[shared:], begin)
+            own, places = builder.train(segment, is_target[shared:])
+            places = columns + [shared + t for t in places]
+            builder.row(segment, sources + own, places, offset=offset, width=len(ids))
+    return builder.batch(pair.number for pair in pairs)
 
 
 def empty_batch() -> PackedBatch:

@@ -73,7 +73,7 @@ def build_microbatches(rows, pairs, frozen, config, accelerator):
     Each is (batch, reference's log-probabilities [B] out of `frozen` [pairs, 2], or None where that is None).
     """
     cuts = cut_step(
-        [sum(map(len, (pairs[row].prompt_ids, pairs[row].chosen_ids, pairs[row].rejected_ids))) for row in rows],
+        [pairs[row].num_tokens for row in rows],
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         max_rows=config.batch.per_device_train_batch_size,
@@ -149,7 +149,7 @@ def score_batch(policy, reference, batch, frozen, config, accelerator, packing):
     terms["policy/entropy"] = scores.entropy.detach().sum()
     terms["pairs"] = len(logps) // 2
     terms["tokens/computed"] = batch.num_tokens
-    terms["tokens/loss"] = len(batch.targets)
+    terms["tokens/loss"] = len(batch.rows)  # what both completions begin with counts in both
     return loss, terms
 
 

@@ -43,7 +43,8 @@ def dpo_loss(
         apo_down      s(b c) + 1 - s(b d)                             APO, the same
 
     Args:
-        policy_chosen_logps: [B] summed log-probability of the chosen completion under the policy, in nats.
+        policy_chosen_logps: [B] summed log-probability of the whole chosen completion under the policy, in nats: of
+            its assistant's tokens, those that the rejected one begins with as well included.
         policy_rejected_logps: [B] the same of the rejected completion.
         reference_chosen_logps: [B] under the reference; no gradient flows into it.
         reference_rejected_logps: [B] the same of the rejected completion.

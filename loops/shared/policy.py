@@ -5,7 +5,7 @@ head turns hidden states into log-probabilities without ever holding `[N, V]` lo
 forward, DDP, FSDP2, PEFT, gradient checkpointing and autocast see nothing unusual; because the head is called, not its
 weight read, it works inside whatever FSDP unit owns it.
 
-Legend: B rows, T columns, K targets, N tokens, H hidden size, V vocabulary.
+Legend: B rows, T columns, K targets, M places of targets, N tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -131,23 +131,23 @@ def score(model: nn.Module, batch, *, temperature: float = 1.0, packing: bool = 
     """
     if packing:
         logprobs, entropy = model(packed=batch, temperature=temperature)
-    else:
-        with torch.compiler.set_stance("force_eager"):
-            logprobs, entropy = _plain_forward(model, batch, temperature)
-    return Scores(batch.scatter(logprobs), batch.scatter(entropy))
+        return Scores(batch.scatter(logprobs), batch.scatter(entropy))
+    with torch.compiler.set_stance("force_eager"):
+        logprobs, entropy = _plain_forward(model, batch, temperature)
+    return Scores(batch.place(logprobs), batch.place(entropy))
 
 
 def _plain_forward(model: nn.Module, batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """The textbook computation: padded rows, whole logits, log-softmax, gather."""
+    """The textbook computation, every row by itself: padded rows, whole logits, log-softmax, gather; [M] each."""
     input_ids, attention_mask, predictors = batch.padded()
     if not input_ids.shape[0]:  # nothing to do here, but every process must run a forward
         input_ids, attention_mask = batch.input_ids, torch.ones_like(batch.input_ids)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
-    logits = logits.flatten(0, 1).index_select(0, batch.rows * logits.shape[1] + predictors)  # [K, V]
+    logits = logits.flatten(0, 1).index_select(0, batch.rows * logits.shape[1] + predictors)  # [M, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     everything = logits.log_softmax(-1)
-    logprobs = everything.gather(-1, batch.targets[:, None])[:, 0]
+    logprobs = everything.gather(-1, batch.targets[batch.sources][:, None])[:, 0]
     return logprobs, -(everything.exp() * everything).sum(-1)
 
 

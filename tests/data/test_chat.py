@@ -199,20 +199,104 @@ def test_all_tokens_are_trained_when_asked():
         assert example.is_target == [False] + [True] * (len(example.input_ids) - 1)
 
 
-def test_a_pairs_prompt_is_what_both_sequences_share():
-    """Shared: "q" and the common "a" of "ab" and "ac"; both sequences end with the stop token."""
+def scored(pair, tokenizer):
+    """A pair as texts: its prompt, and what is scored of chosen and rejected."""
+    sides = [tokenizer.decode([i for i, t in zip(*side, strict=True) if t]) for side in pair.completions()]
+    return [tokenizer.decode(pair.prompt_ids), *sides]
+
+
+def test_a_pairs_prompt_ends_where_its_prompt_ends():
+    """What "ab" and "ac" begin with is theirs; both end with the stop token. Texts without a prompt column have no
+    other end of it than where they part."""
     tokenizer = bytes_tokenizer(UNMARKED)
     pair = encode_pair({"prompt": "q", "chosen": "ab", "rejected": "ac"}, tokenizer, EncodeConfig())
-    assert [tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)] == [
-        "qa",
-        "b</s>",
-        "c</s>",
-    ]
+    assert scored(pair, tokenizer) == ["q", "ab</s>", "ac</s>"] and pair.num_shared == 1 and pair.num_tokens == 6
+    pair = encode_pair({"chosen": "qab", "rejected": "qac"}, tokenizer, EncodeConfig())
+    assert scored(pair, tokenizer) == ["qa", "b</s>", "c</s>"]
     whole = {"chosen": TALK[1:3], "rejected": [TALK[1], {"role": "assistant", "content": " no"}]}
     split = {"prompt": [TALK[1]], "chosen": [TALK[2]], "rejected": " no"}
     first, second = (encode_pair(row, tokenizer, EncodeConfig()) for row in (whole, split))
     assert first == second
-    assert tokenizer.decode(first.rejected_ids) == "no<|im_end|>"
+    assert tokenizer.decode(first.rejected_ids) == " no<|im_end|>"
+
+
+USER, YES, NO = ({"role": "user", "content": "ok?"}, *({"role": "assistant", "content": c} for c in ("yes", "yep")))
+SYSTEM = {"role": "system", "content": "Short."}
+
+
+@pytest.mark.parametrize("template", [UNMARKED, CHATML], ids=["unmarked", "marked"])
+def test_a_prompt_that_the_replies_contain_is_taken_once(template):
+    """UltraFeedback's layout: the prompt as text or messages, chosen and rejected whole; every way gives the same."""
+    tokenizer = bytes_tokenizer(template)
+    for system in ([], [SYSTEM]):
+        expected = encode_pair(
+            {"prompt": [*system, USER], "chosen": [YES], "rejected": [NO]}, tokenizer, EncodeConfig()
+        )
+        assert tokenizer.decode(expected.prompt_ids).count("ok?") == 1
+        for prompt in (None, "ok?", [USER], [*system, USER]):
+            for shown in ([*system, USER], [USER], []):
+                if (not system or SYSTEM in shown or prompt == [SYSTEM, USER]) and (prompt or shown):
+                    row = {"chosen": [*shown, YES], "rejected": [*shown, NO], **({"prompt": prompt} if prompt else {})}
+                    assert encode_pair(row, tokenizer, EncodeConfig()) == expected, row
+                    if prompt:
+                        whole = encode_example({"messages": [*system, USER, YES]}, tokenizer, EncodeConfig())
+                        sft = {"prompt": prompt, "completion": row["chosen"]}
+                        assert encode_example(sft, tokenizer, EncodeConfig()) == whole
+                        asked = encode_prompt({"prompt": [*system, USER]}, tokenizer, EncodeConfig()).prompt_ids
+                        assert encode_prompt(row, tokenizer, EncodeConfig()).prompt_ids == asked
+                        assert encode_prompt(sft, tokenizer, EncodeConfig()).prompt_ids == asked
+    blanks = encode_pair({"prompt": " ok?\n", "chosen": [USER, YES], "rejected": [NO]}, tokenizer, EncodeConfig())
+    assert tokenizer.decode(blanks.prompt_ids).count("ok?") == 1
+    history = [USER, YES, {"role": "user", "content": "sure?"}]
+    row = {"prompt": history, "chosen": [history[2], YES], "rejected": [*history, NO]}
+    assert encode_pair(row, tokenizer, EncodeConfig()) == encode_pair(
+        {"prompt": history, "chosen": [YES], "rejected": [NO]}, tokenizer, EncodeConfig()
+    )
+
+
+def test_replies_to_another_prompt_are_refused_with_the_row():
+    tokenizer = bytes_tokenizer(UNMARKED)
+    rows = [
+        {"prompt": "ok?", "chosen": [YES], "rejected": [NO]},
+        {"prompt": "why?", "chosen": [USER, YES], "rejected": [NO]},
+    ]
+    with pytest.raises(
+        ValueError, match="pairs, row 2: its chosen begins with the user's words 'ok[?]', which are not"
+    ):
+        encode_rows(rows, encode_pair, tokenizer, EncodeConfig(), what="pairs")
+    with pytest.raises(ValueError, match="its completion begins with the user's words"):
+        encode_example(
+            {"prompt": [SYSTEM, USER], "completion": [{**USER, "content": "b"}, YES]}, tokenizer, EncodeConfig()
+        )
+    with pytest.raises(ValueError, match="its rejected ends where its prompt ends"):
+        encode_pair({"prompt": "ok?", "chosen": [USER, YES], "rejected": [USER]}, tokenizer, EncodeConfig())
+    with pytest.raises(ValueError, match="different system messages"):
+        encode_pair({"prompt": "ok?", "chosen": [SYSTEM, USER, YES], "rejected": [USER, NO]}, tokenizer, EncodeConfig())
+    turns = [USER, YES, {"role": "user", "content": "more"}, NO]  # a conversation that goes on is no other prompt
+    going_on = encode_example({"prompt": turns[:2], "completion": turns[2:]}, tokenizer, EncodeConfig())
+    assert (
+        tokenizer.decode([i for i, t in zip(going_on.input_ids, going_on.is_target, strict=True) if t])
+        == "yep<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("template", [UNMARKED, CHATML], ids=["unmarked", "marked"])
+def test_only_the_assistants_words_of_a_completion_are_scored(template):
+    """Users' turns, tool output and headers are context; without a prompt column the common messages are the prompt."""
+    tokenizer = bytes_tokenizer(template)
+    more, tool = {"role": "user", "content": "and?"}, {"role": "tool", "content": "42"}
+    row = {"prompt": [USER], "chosen": [YES, more, NO], "rejected": [YES, tool, YES]}
+    ok = tokenizer.decode(encode_prompt(row, tokenizer, EncodeConfig()).prompt_ids)
+    stop = "<|im_end|>"
+    pair = encode_pair(row, tokenizer, EncodeConfig())
+    assert scored(pair, tokenizer) == [ok, f"yes{stop}yep{stop}", f"yes{stop}yes{stop}"]
+    assert "and?" in tokenizer.decode(pair.chosen_ids) and "42" in tokenizer.decode(pair.rejected_ids)
+    pair = encode_pair(
+        {"chosen": [USER, *row["chosen"]], "rejected": [USER, *row["rejected"]]}, tokenizer, EncodeConfig()
+    )
+    assert scored(pair, tokenizer)[1:] == [f"yep{stop}", f"yes{stop}"]
+    pair = encode_pair({"chosen": [USER, YES], "rejected": [USER, YES, more, NO]}, tokenizer, EncodeConfig())
+    assert scored(pair, tokenizer) == [ok, f"yes{stop}", f"yes{stop}yep{stop}"]
 
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted():
@@ -368,8 +452,7 @@ def test_real_pairs_share_their_prompt_and_end_with_the_stop_token(name):
     assert report.kept == len(rows)
     for row, pair in zip(rows, pairs, strict=True):
         prompt = encode_prompt(row, tokenizer, config)
-        assert pair.prompt_ids[: len(prompt.prompt_ids)] == prompt.prompt_ids
-        assert pair.chosen_ids[0] != pair.rejected_ids[0]
+        assert pair.prompt_ids == prompt.prompt_ids
         assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids).endswith(row["chosen"][0]["content"] + "<|im_end|>")
 

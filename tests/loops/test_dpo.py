@@ -1,0 +1,106 @@
+"""A pair's loss is that of its two whole completions, however they are computed."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data.chat import Pair
+from data.pack import BatchConfig, pack_pairs
+from loops import dpo
+from loops.shared.models import build_reference
+from losses.dpo import LOSS_TYPES
+from tests.loops.test_steps import tiny_policy
+
+FLAGS = [False, True, True, False, True]
+PAIRS = {
+    "nothing shared": Pair([5, 6, 7], [8, 9, 2], [10, 2]),
+    "shared up to the last tokens": Pair([5, 6], [7, 8, 9, 10, 11, 2], [7, 8, 9, 12]),
+    "one is the beginning of the other": Pair([5], [7, 8], [7, 8, 9, 2]),
+    "users' words inside": Pair([5, 6], [7, 8, 9, 10, 2], [7, 8, 9, 10, 11], 0, FLAGS, FLAGS),
+    "flags part before the tokens": Pair([5], [7, 8, 9], [7, 8, 10], 0, [True, True, True], [True, False, True]),
+}
+
+
+def plain_logps(model, pair):
+    """Of (chosen, rejected): log-probability and number of scored tokens, one sequence at a time."""
+    sums, counts = [], []
+    for ids, is_target in pair.completions():
+        row = torch.tensor([pair.prompt_ids + ids])
+        logprobs = model(input_ids=row).logits.log_softmax(-1)[0]
+        wanted = [t for t, wanted in enumerate(is_target, len(pair.prompt_ids)) if wanted]
+        sums.append(sum(logprobs[t - 1, row[0, t]] for t in wanted))
+        counts.append(len(wanted))
+    return sums, counts
+
+
+def textbook_loss(loss_type, policy, reference, counts, beta):
+    c, r = policy[0] - reference[0], policy[1] - reference[1]
+    if loss_type in ("ipo", "sigmoid_norm"):
+        c, r = c / counts[0], r / counts[1]
+    s = torch.sigmoid
+    return {
+        "sigmoid": -s(beta * (c - r)).log(),
+        "sigmoid_norm": -s(beta * (c - r)).log(),
+        "robust": -s(beta * (c - r)).log(),
+        "hinge": (1 - beta * (c - r)).clamp(min=0),
+        "ipo": (c - r - 1 / (2 * beta)) ** 2,
+        "apo_zero": 1 - s(beta * c) + s(beta * r),
+        "apo_down": s(beta * c) + 1 - s(beta * (c - r)),
+    }[loss_type]
+
+
+def moved_policy():
+    """(policy, its reference): all weights times 1.1 and as they were."""
+    policy = tiny_policy()
+    reference = build_reference(policy)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.1)
+    return policy, reference
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "plain"])
+def test_loss_and_gradient_are_those_of_whole_completions(loss_type, packing, only_float64):
+    """Float64, 1e-12, all pairs in one batch and each alone; the reference's scores come from the table or the step."""
+    beta, accelerator = 0.5, Accelerator(cpu=True)
+    config = dpo.Config(loss_type=loss_type, beta=beta, batch=BatchConfig(packing=packing))
+    policy, reference = moved_policy()
+    for chosen in [*([pair] for pair in PAIRS.values()), list(PAIRS.values())]:
+        policy.zero_grad()
+        batch = pack_pairs(chosen)
+        loss, terms = dpo.score_batch(policy, reference, batch, None, config, accelerator, packing)
+        loss.backward()
+        got = {name: p.grad.clone() for name, p in policy.named_parameters()}
+        policy.zero_grad()
+        expected, logps = 0.0, []
+        for pair in chosen:
+            (own, counts), (before, _) = plain_logps(policy, pair), plain_logps(reference.model, pair)
+            expected = expected + textbook_loss(loss_type, own, [b.detach() for b in before], counts, beta)
+            logps.append((own, counts))
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+        assert max((got[n] - p.grad).abs().max().item() for n, p in policy.named_parameters()) < 1e-12
+        assert float(terms["policy/chosen_logps"]) == pytest.approx(sum(float(own[0]) for own, _ in logps))
+        assert float(terms["policy/rejected_logps"]) == pytest.approx(sum(float(own[1]) for own, _ in logps))
+        assert terms["tokens/loss"] == sum(sum(counts) for _, counts in logps)
+        assert terms["tokens/computed"] == sum(pair.num_tokens for pair in chosen)
+        assert math.isfinite(float(terms["policy/entropy"]))
+        table = dpo.reference_logps(reference, batch, accelerator, packing)
+        again, _ = dpo.score_batch(policy, None, batch, table, config, accelerator, packing)
+        assert float(again) == pytest.approx(loss.item(), abs=1e-12)
+
+
+def test_what_both_completions_begin_with_is_computed_once():
+    """Prompt 5 6, completions 7 8 9 and 7 8 4: 2 + 2 + 1 + 1 tokens, four targets, six places."""
+    batch = pack_pairs([Pair([5, 6], [7, 8, 9], [7, 8, 4])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4]] and batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4]]
+    assert batch.targets.tolist() == [7, 8, 9, 4] and batch.predictors.tolist() == [1, 2, 3, 3]
+    assert batch.mask.tolist() == [[True] * 3] * 2
+    assert batch.scatter(batch.targets).tolist() == [[7, 8, 9], [7, 8, 4]]
+    assert batch.lay_out([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    ids, attention, predictors = batch.padded()
+    assert ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 4]] and predictors.tolist() == [1, 2, 3] * 2
+    assert torch.equal(ids[batch.rows, predictors + 1], batch.targets[batch.sources])

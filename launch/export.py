@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from configs.text import read_file
@@ -34,17 +34,20 @@ from loops.shared.checkpoint import read_manifest, read_state, read_weights
 from loops.shared.checkpoint_folder import REPLACED, TEMPORARY
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer, resolve_dtype
 from loops.shared.run import one_sentence_errors
-from loops.shared.weights import export_model
+from loops.shared.weights import (
+    LIMITS,
+    WrongLogits,
+    coarsest_dtype,
+    compare_logits,
+    export_model,
+    logits_of,
+    reload_folder,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# How far the reloaded model's logits may lie from the policy's: root mean square of the difference over the standard
-# deviation of the logits, by the coarsest dtype on the way. Measured on 28 to 36 random layers: 1e-6 in float32, 3e-3
-# to 5e-3 in float16, 0.02 to 0.04 in bfloat16 (the policy adds the adapter after rounding, the merged model before).
-LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
-SHAPE_COMPARED = (2, 16)  # sequences and tokens of the comparison
 OUTPUTS = (".hf_model", ".hf_peft")
 
 
@@ -71,10 +74,6 @@ class Trained:
         lora = f"{'Q' if quantised else ''}LoRA of rank {self.model.lora_r}"
         what = "all weights of" if self.model.lora_r == 0 else f"{lora} on" if self.kind == "checkpoint" else f"{lora},"
         return f"{f'step {self.step}, ' if self.step is not None else ''}{what} {self.model.model_id}"
-
-
-class WrongLogits(RuntimeError):
-    """What was written is not what was trained."""
 
 
 def find_trained(name: str | None, *, checkpoints_dir: str = "results", base_model: str | None = None) -> Trained:
@@ -205,70 +204,17 @@ def export(trained: Trained, output: Path, *, merge: bool, dtype: torch.dtype | 
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as temporary:
         folder = Path(temporary) / output.name
         export_model(policy, tokenizer, folder, merge=merge, card=card, dtype=dtype)
-        dtypes = {parameter.dtype for parameter in policy.parameters() if parameter.is_floating_point()}
-        coarsest = max(dtypes | set(_compute_dtypes(policy)) | ({dtype} if dtype else set()), key=LIMITS.__getitem__)
-        base = None if merge else policy.get_base_model()
-        quantisation = getattr(base.config, "quantization_config", None) if base is not None else None
-        del policy, base  # one model at a time
+        coarsest = coarsest_dtype(policy, dtype)
+        quantisation = getattr(policy.config, "quantization_config", None)
+        del policy  # one model at a time
         reloaded = reload_folder(folder, trained.model, adapter=not merge, quantisation=quantisation)
-        sentence = compare_logits(expected, logits_of(reloaded), LIMITS[coarsest], coarsest)
+        try:
+            sentence = compare_logits(expected, logits_of(reloaded), LIMITS[coarsest], coarsest)
+        except WrongLogits as error:
+            raise WrongLogits(f"{error}; nothing was kept.") from None
         shutil.rmtree(output, ignore_errors=True)  # an empty folder
         folder.rename(output)
     return sentence + effect
-
-
-def reload_folder(folder: Path, model: ModelConfig, *, adapter: bool, quantisation: Any) -> nn.Module:
-    """The written folder as its users load it: plain transformers, or peft on the base as it was trained."""
-    from transformers import AutoModelForCausalLM
-
-    trust = model.trust_remote_code
-    if not adapter:
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
-    from peft import PeftModel
-
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    base = AutoModelForCausalLM.from_pretrained(
-        settings["base_model_name_or_path"],
-        revision=settings.get("revision"),
-        dtype=resolve_dtype(model, "cpu"),
-        quantization_config=quantisation,
-        trust_remote_code=trust,
-    )
-    reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
-    layers: Any = reloaded.modules()
-    for layer in layers:  # bitsandbytes' shortcuts for evaluation on CPUs round more than training did
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-        elif type(layer).__name__ == "Linear8bitLt":
-            layer.train()
-    return reloaded
-
-
-def logits_of(model: Any) -> Tensor:
-    """Logits of a few random tokens, the same for every model of one vocabulary; [B, T, V] in at least float32."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(0, vocabulary, SHAPE_COMPARED, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = model(tokens).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def compare_logits(expected: Tensor, found: Tensor, limit: float, dtype: torch.dtype) -> str:
-    """The sentence that says how far two models' logits [B, T, V] lie apart.
-
-    Raises:
-        WrongLogits: further than `limit`, as a root mean square over the standard deviation of `expected`.
-    """
-    difference = found - expected
-    error = float(difference.square().mean().sqrt() / expected.std())
-    words = str(dtype).removeprefix("torch.")
-    sentence = (
-        f"logits of {expected.shape[0] * expected.shape[1]} tokens: root mean square difference {error:.2g} of their "
-        f"spread (limit {limit:g} for {words}), largest {float(difference.abs().max()):.2g}"
-    )
-    if not error <= limit:  # not a number is no agreement either
-        raise WrongLogits(f"the reloaded model is not the trained one, and nothing was kept: {sentence}.")
-    return sentence
 
 
 def _read_checkpoint(path: Path, base_model: str | None) -> Trained:
@@ -385,14 +331,6 @@ def _check_fit(path: Path, weights: Mapping[str, Tensor], parameters: Mapping[st
             )
 
 
-def _compute_dtypes(model: nn.Module) -> Iterator[torch.dtype]:
-    """Dtypes that quantised layers compute in."""
-    for module in model.modules():
-        dtype = getattr(module, "compute_dtype", None)
-        if isinstance(dtype, torch.dtype):
-            yield dtype
-
-
 def _last_step(run: Path) -> int:
     """The last step that the run's metrics.jsonl tells of; -1 where there is none."""
     file = run / "metrics.jsonl"
@@ -429,9 +367,6 @@ def main(argv: list[str] | None = None) -> int:
             print(export(trained, output, merge=not arguments.no_merge, dtype=dtype, command=command))
     except SystemExit as stop:
         return int(stop.code or 0)
-    except WrongLogits as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
     print(f"written to {output}")
     return 0
 

@@ -36,7 +36,7 @@ from loops.shared.checkpoint import (
     read_state,
 )
 from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
-from loops.shared.models import Reference
+from loops.shared.models import ModelConfig, Reference
 from loops.shared.rollout import Engine
 from loops.shared.sharding import (
     Sharding,
@@ -48,7 +48,7 @@ from loops.shared.sharding import (
     sharding_line,
 )
 from loops.shared.tracking import SilentTracker, Tracker, start_tracking
-from loops.shared.weights import export_model
+from loops.shared.weights import WrongLogits, check_export, export_model, logits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,10 +379,13 @@ class Run:
         partly = self.folder / ".tmp-model"
         if self.accelerator.is_main_process:
             shutil.rmtree(partly, ignore_errors=True)
-        export_model(
-            self.accelerator.unwrap_model(policy), tokenizer, partly, merge=merge, card=card, title=folder.name
-        )
+        model = self.accelerator.unwrap_model(policy)
+        expected = logits_of(model, self.accelerator.device)
+        export_model(model, tokenizer, partly, merge=merge, card=card, title=folder.name)
         if self.accelerator.is_main_process:
+            trained = ModelConfig(**self.settings["model"])
+            if reason := check_export(model, partly, expected, trained, self.accelerator):
+                self.say(f"the export was not compared with the policy: {reason}")
             shutil.rmtree(folder, ignore_errors=True)  # of the same run, resumed when it had ended
             os.replace(partly, folder)
         self._wait_for_saver()
@@ -577,7 +580,7 @@ def one_sentence_errors(prog: str) -> Iterator[None]:
             raise
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except FloatingPointError as error:
+    except (FloatingPointError, WrongLogits) as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except torch.OutOfMemoryError as error:

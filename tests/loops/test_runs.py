@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.loader import load_config
 from loops import dpo, grpo, sft
 from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
+from loops.shared.weights import WrongLogits
 
 HOUSE = Path(__file__).resolve().parents[2]
 LOOPS = {"sft": sft, "dpo": dpo, "grpo": grpo}
@@ -316,6 +317,16 @@ def test_a_diverged_run_exports_nothing(tmp_path):
     settings = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--lr_scheduler_type", "constant"]
     with pytest.raises(FloatingPointError, match=r"step 2: the gradient's norm is nan.* rows: rank 0: \d+, "):
         run("sft", tmp_path, "--max_steps", "6", "--eval_reward", "null", *settings)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_whose_export_is_not_its_policy_does_not_call_it_its_model(tmp_path, monkeypatch):
+    """The untrained base instead of what was written: no model/, and the sentence says where the files are."""
+    wrong = AutoModelForCausalLM.from_pretrained("data/quickstart/model").eval()
+    monkeypatch.setattr("loops.shared.weights.reload_folder", lambda *_, **__: wrong)
+    model = ["--model_id", "data/quickstart/model", "--from_scratch", "false", "--lora_r", "4", "--merge_weights"]
+    with pytest.raises(WrongLogits, match="not the trained one: logits of 32 tokens.* is left in .*tmp-model"):
+        run("sft", tmp_path, "--max_steps", "1", "--learning_rate", "1e-2", "--eval_reward", "null", *model)
     assert not (tmp_path / "model").exists()
 
 

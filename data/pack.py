@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -287,6 +288,18 @@ def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
             places = columns + [shared + t for t in places]
             builder.row(segment, sources + own, places, offset=offset, width=len(ids))
     return builder.batch(pair.number for pair in pairs)
+
+
+def pack_check(rows: Sequence[Sequence[int]], longest: int) -> PackedBatch:
+    """What the self-check compares two forwards on: two groups made of the first rows' last tokens, each a prompt that
+    two completions share. Their longest rows have 80 and 53 tokens (repeated where a row has fewer), at most `longest`.
+    """
+    groups = []
+    for ids, length in zip([*rows, *rows], (80, 53), strict=False):
+        tokens = list(itertools.islice(itertools.cycle(ids[-80:]), max(2, min(length, longest))))
+        half = len(tokens) // 2
+        groups.append((tokens[:half], (tokens[half:], tokens[: -(-half // 2)])))
+    return pack_groups(groups)
 
 
 def empty_batch() -> PackedBatch:

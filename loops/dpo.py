@@ -22,13 +22,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from configs.loader import dump_config, load_config
-from data.chat import EncodeConfig, Pair, encode_pair, encode_prompt, encode_rows
+from data.chat import EncodeConfig, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.pack import BatchConfig, cut_step, pack_pairs, rows_of_step, steps_per_epoch
+from data.pack import BatchConfig, cut_step, pack_check, pack_pairs, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
-from loops.shared.policy import choose_packing, score
+from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.evaluate import greedy_evaluation
 from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
@@ -217,7 +217,9 @@ def main(config: Config) -> None:
         config.model, tokenizer, seed=config.run.seed, device=accelerator.device, for_fsdp=run.sharded
     )
     run.say(parameter_line(policy))
-    first = pack_pairs([Pair(p.prompt_ids[-32:], p.chosen_ids[:32], p.rejected_ids[:32]) for p in pairs[:2]])
+    longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs + eval_pairs)
+    check_context(policy, longest, setting="max_seq_length", say=run.say)
+    first = pack_check([pair.prompt_ids + pair.chosen_ids for pair in pairs[:2]], longest)
     packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
     reference = build_reference(policy)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)

@@ -23,11 +23,19 @@ from accelerate.utils import gather_object
 from configs.loader import dump_config, load_config
 from data.chat import EncodeConfig, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.pack import BatchConfig, cut_microbatches, pack_completions, rows_of_step, share_of_rank, steps_per_epoch
+from data.pack import (
+    BatchConfig,
+    cut_microbatches,
+    pack_check,
+    pack_completions,
+    rows_of_step,
+    share_of_rank,
+    steps_per_epoch,
+)
 from data.rewards import RewardConfig, build_judge, build_rewards, join_results, judge_completions, reward_statistics
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
-from loops.shared.policy import choose_packing, score
+from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.ahead import Ahead, rollout_statistics, rollout_sums, sample_and_judge
 from loops.shared.rollout.evaluate import check_sampler, reward_evaluation
@@ -235,8 +243,9 @@ def main(config: Config) -> None:
         config.model, tokenizer, seed=config.run.seed, device=accelerator.device, for_fsdp=run.sharded
     )
     run.say(parameter_line(policy))
-    ids = [prompt.prompt_ids[-32:] for prompt in prompts[:2] for _ in range(2)]
-    first = pack_completions(ids, ids, [True] * len(ids))  # ends of real prompts, also in the completions' place
+    longest = max(len(p.prompt_ids) for p in prompts + eval_prompts) + config.rollout.max_completion_length
+    check_context(policy, longest, setting="max_completion_length or max_seq_length", say=run.say)
+    first = pack_check([prompt.prompt_ids for prompt in prompts[:2]], longest)
     packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
     reference = build_reference(policy) if config.beta else None
     rows_per_step = config.prompts(accelerator.num_processes)

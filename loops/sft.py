@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from configs.loader import dump_config, load_config
-from data.chat import EncodeConfig, Example, encode_example, encode_prompt, encode_rows
+from data.chat import EncodeConfig, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.pack import BatchConfig, cut_step, pack_examples, pack_rows, rows_of_step, steps_per_epoch
+from data.pack import BatchConfig, cut_step, pack_check, pack_examples, pack_rows, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
-from loops.shared.policy import choose_packing, score
+from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.evaluate import greedy_evaluation
 from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
@@ -137,7 +137,9 @@ def main(config: Config) -> None:
         config.model, tokenizer, seed=config.run.seed, device=accelerator.device, for_fsdp=run.sharded
     )
     run.say(parameter_line(policy))
-    first = pack_examples([Example(e.input_ids[-64:], e.is_target[-64:]) for e in examples[:2]])  # ends of real rows
+    longest = max(len(example.input_ids) for example in examples + eval_examples)
+    check_context(policy, longest, setting="max_seq_length", say=run.say)
+    first = pack_check([example.input_ids for example in examples[:2]], longest)
     packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
     bins, packed = pack_rows(examples, config.batch, seed=config.run.seed)
     run.say(f"packing_strategy: {packed}")

@@ -14,9 +14,11 @@ Legend: N tokens, S segments, Q heads of queries, R heads of keys, D head dimens
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "plumbline"
+NOT_GIVEN: Any = object()  # a keyword that a call does not have; None is a value
 WASTE = 1.5  # a bucket may compute this many times the query-key products that its segments need
 
 
 class NotPackable(ValueError):
-    """A model that packed batches do not fit, for the reason that its text gives."""
+    """A model that packed batches do not fit, for the reason that its text gives. Only the self-check raises it."""
 
 
 @dataclass
@@ -201,14 +204,14 @@ def packed_attention(
     layout: Layout | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = NOT_GIVEN,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of a packed batch ([1, N, Q, D]); without a `layout`, transformers' sdpa attention.
 
-    Raises NotPackable, by name, for what a packed batch does not carry: position biases, bidirectional layers.
+    Raises RuntimeError for what a packed batch does not carry: position biases, bidirectional layers.
     """
     if softcap is None and s_aux is None:
         query, scaling = _scaled_first(query, scaling)
@@ -220,24 +223,16 @@ def packed_attention(
             out = _explicit(query, key, value, attention_mask[..., : key.shape[2]], scaling, softcap, s_aux, dropout)
             return out.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            **kwargs,
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if (
         kwargs.get("position_bias") is not None
         or kwargs.get("is_causal") is False
         or not getattr(module, "is_causal", True)
     ):
-        raise NotPackable(f"{type(module).__name__} uses a position bias or is not causal")
+        raise RuntimeError(f"{type(module).__name__} uses a position bias or is not causal")
     layout.calls += 1
-    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    window = _window(module, sliding_window)
     if torch.is_autocast_enabled(query.device.type):  # fp32 norms leave queries and keys wider than autocast's dtype
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
@@ -279,6 +274,38 @@ def packed_attention(
         outs.append(out.transpose(1, 2).reshape(-1, q.shape[1], v.shape[-1]))
     flat = outs[0] if len(outs) == 1 else torch.cat(outs)
     return flat.index_select(0, place)[None], None
+
+
+def _window(module: nn.Module, sliding_window: int | None) -> int | None:
+    """The window of an attention call: what the call says, and the module's own only where the call has no such
+    keyword (EXAONE-4 calls its global layers with None)."""
+    return getattr(module, "sliding_window", None) if sliding_window is NOT_GIVEN else sliding_window
+
+
+@contextmanager
+def compare_masks(lengths: Tensor) -> Iterator[None]:
+    """Inside, a plain forward of right-padded rows ([B] lengths) raises NotPackable where the mask that the model made
+    is not the one that a packed batch gets from the attention call: causal, within the call's window.
+
+    PhiMoE's window and Llama-4's chunks, for example, stand in their masks only.
+    """
+
+    def compared(module, query, key, value, attention_mask, **kwargs):
+        tokens = torch.arange(query.shape[2], device=query.device)
+        i, j, window = tokens[:, None], tokens[None, :], _window(module, kwargs.get("sliding_window", NOT_GIVEN))
+        expected = j <= i if window is None else (j <= i) & (j > i - window)
+        made = (j <= i)[None] if attention_mask is None else attention_mask[:, 0, :, : len(tokens)]
+        made = made if made.dtype == torch.bool else made == 0
+        if ((made != expected) & (i < lengths[:, None, None])).any():  # padding may look anywhere
+            known = "" if window is None else f" within a window of {window}"
+            raise NotPackable(f"the mask of {type(module).__name__} is not the causal one{known} of its attention call")
+        return packed_attention(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(NAME, compared)
+    try:
+        yield
+    finally:
+        register_attention()
 
 
 def _scaled_first(query: Tensor, scaling: float | None) -> tuple[Tensor, float | None]:

@@ -11,13 +11,15 @@ Legend: B rows, T columns, K targets, M places of targets, N tokens, H hidden si
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from loops.shared.attention import Layout, NotPackable, register_attention
+from loops.shared.attention import Layout, NotPackable, compare_masks, register_attention
 from losses.logprobs import token_logprobs
 
 
@@ -48,23 +50,16 @@ class _PackedForward:
     def packed_forward(self, packed, temperature: float) -> tuple[Tensor, Tensor]:
         """(log-probabilities [K], entropies [K]) of the batch's targets."""
         layout = Layout(packed.segments, packed.input_ids.device)
-        layers = self.config.get_text_config().num_hidden_layers
-        reason = f"the layers of {type(self).__name__} are not all plain attention"
-        try:
-            out = self.get_decoder()(
-                input_ids=packed.input_ids,
-                position_ids=packed.position_ids,
-                # a ready-made 4-d mask keeps transformers from building one; the packed attention does not look at it
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids.device),
-                use_cache=False,
-                layout=layout,
-            )
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            if layout.calls >= layers or isinstance(error, (NotPackable, torch.OutOfMemoryError)):
-                raise
-            raise NotPackable(f"{reason} ({error})") from error  # layers that stumbled over what packed attention takes
-        if layout.calls < layers:
-            raise NotPackable(reason)
+        out = self.get_decoder()(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # a ready-made 4-d mask keeps transformers from building one; the packed attention does not look at it
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids.device),
+            use_cache=False,
+            layout=layout,
+        )
+        if layout.calls < self.config.get_text_config().num_hidden_layers:
+            raise RuntimeError(f"the layers of {type(self).__name__} are not all plain attention")
         hidden = out[0][0].index_select(0, packed.predictors)  # [K, H]
         softcap, scale = head_scaling(self.config)
         return self.get_output_embeddings()(hidden, packed.targets, temperature, softcap, scale)
@@ -82,6 +77,28 @@ def base_model(model: nn.Module) -> nn.Module:
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """Positions of a model that learns them (GPT-2, OPT), so that a longer row cannot be computed; None elsewhere."""
+    causal_lm = base_model(model)
+    limit = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    words = causal_lm.get_input_embeddings()
+    tables = [m.num_embeddings for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m is not words]
+    return limit if limit and any(rows in (limit, limit + 2) for rows in tables) else None  # OPT's has two more
+
+
+def check_context(model: nn.Module, longest: int, *, setting: str, say) -> None:
+    """Compare the longest row, in tokens, with the model's positions: ValueError, naming `setting`, where they are
+    learned; a note where they are computed (rotary), since a model is poor beyond those it was trained on."""
+    limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if learned_positions(model) and longest > limit:
+        raise ValueError(
+            f"the longest row has {longest} tokens and the model only {limit} positions (max_position_embeddings in "
+            f"its config.json): lower {setting}."
+        )
+    if limit and longest > limit:
+        say(f"note: rows of up to {longest} tokens go beyond the {limit} positions that the model was made for")
 
 
 def enable_packing(model: nn.Module) -> None:
@@ -155,24 +172,63 @@ def _plain_forward(model: nn.Module, batch, temperature: float) -> tuple[Tensor,
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
+# Settings of a config, or of a module, that count tokens: only rows of more tokens feel them.
+LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size", "floor_scale")
+
+
+@contextmanager
+def _lowered_limits(model: nn.Module, length: int) -> Iterator[bool]:
+    """Inside, every window, chunk or the like that rows of `length` tokens do not reach is a quarter of `length`;
+    yields whether there are any. They enter attention by their value alone, so what holds for these holds for those.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    changed = []
+    for holder in (*configs.values(), *model.modules()):
+        for name in LIMITS:  # of modules only their own: peft's wrappers answer for what they wrap
+            value = vars(holder).get(name) if isinstance(holder, nn.Module) else getattr(holder, name, None)
+            if isinstance(value, (int, float)) and value >= length:
+                changed.append((holder, name, value))
+                setattr(holder, name, max(1, length // 4))
+    try:
+        yield bool(changed)
+    finally:
+        for holder, name, value in changed:
+            setattr(holder, name, value)
+
+
+def _difference(model: nn.Module, batch) -> float:
+    """Largest difference of a log-probability between the packed and the plain forward. Raises NotPackable."""
+    try:
+        packed = score(model, batch).logprobs
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        name = type(base_model(model)).__name__
+        raise NotPackable(f"the packed forward of {name} is not possible ({error})") from error
+    with compare_masks(batch.padded()[1].sum(dim=1)):
+        plain = score(model, batch, packing=False).logprobs
+    return (packed - plain).abs().max().item() if packed.numel() else 0.0
+
+
 @torch.no_grad()
 def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[float, str | None]:
-    """Compare the packed with the plain forward on a real batch of two rows or more; dropout is off while it runs.
+    """Compare the packed with the plain forward on a batch out of real rows (`data.pack.pack_check`), and once more
+    with windows that its rows reach, where the model's own are wider; dropout is off while it runs.
 
-    Returns (largest difference of a log-probability, None), or (nan, reason) for a model with layers that packing does
-    not know, which the loops then train on the plain path. Raises ValueError when all layers are packed attention and
-    the two forwards still disagree.
+    Returns (largest difference of a log-probability, None), or (nan, reason) for a model whose layers or masks packing
+    does not know, which the loops then train on the plain path. Raises ValueError when all layers are packed attention
+    and the two forwards still disagree.
     """
     was_training = model.training
     model.eval()
     try:
-        packed = score(model, batch).logprobs
-        plain = score(model, batch, packing=False).logprobs
+        difference = _difference(model, batch)
+        with _lowered_limits(model, batch.padded()[0].shape[1]) as any_limits, torch.compiler.set_stance("force_eager"):
+            difference = max(difference, _difference(model, batch)) if any_limits else difference
     except NotPackable as error:
         return float("nan"), str(error)
     finally:
         model.train(was_training)
-    difference = (packed - plain).abs().max().item() if packed.numel() else 0.0
     limit = TOLERANCE[compute_dtype]
     if not difference <= limit:
         raise ValueError(
@@ -182,14 +238,37 @@ def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[
     return difference, None
 
 
+@torch.no_grad()
+def check_causal(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> None:
+    """Raise ValueError for a model that sees its targets: change the last token, the logits before it must not move."""
+    ids = batch.input_ids[:, :16]
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % base_model(model).get_input_embeddings().weight.shape[0]
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=torch.cat([ids, other]), use_cache=False).logits[:, :-1].float()
+    model.train(was_training)
+    moved = (logits[0] - logits[1]).abs().max().item()
+    if moved > TOLERANCE[compute_dtype]:
+        raise ValueError(
+            f"model_id: {type(base_model(model)).__name__} is not causal: logits before a token move by {moved:.2g} "
+            "when that token changes, so it would see what it is to predict; choose a decoder, or set is_decoder: true "
+            "in its config.json if it was trained as one."
+        )
+
+
 def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = False, say) -> bool:
     """Prepare the model for packed batches and check them on a real one; False where the plain path must be taken.
 
     Call before sharding, on every process. compile: `compile_layers` too. say: function that prints one line. Raises
-    ValueError as `self_check` does.
+    ValueError as `check_causal`, on either path, and `self_check` do.
     """
     if compile and not wanted:
         raise ValueError("compile: true works on packed batches only; set packing: true, or compile: false.")
+    dtype = max((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
+    device = next(model.parameters()).device
+    if device.type != "meta":  # with cpu_ram_efficient_loading only the first process of a machine has weights yet
+        check_causal(model, batch.to(device), compute_dtype=dtype)
     if not wanted:
         return False
     try:
@@ -199,10 +278,8 @@ def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = Fal
         return False
     if compile:
         compile_layers(model)
-    dtype = max((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
     difference, reason = float("nan"), None
-    device = next(model.parameters()).device
-    if device.type != "meta":  # with cpu_ram_efficient_loading only the first process of a machine has weights yet
+    if device.type != "meta":
         difference, reason = self_check(model, batch.to(device), compute_dtype=dtype)
     if torch.distributed.is_initialized():
         (reason,) = broadcast_object_list([reason])

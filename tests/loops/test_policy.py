@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 from transformers import models as hf
 
 from data.chat import Example, Pair
-from data.pack import empty_batch, pack_examples, pack_groups, pack_pairs
-from loops.shared.policy import choose_packing, compile_layers, enable_packing, score, self_check
+from data.pack import empty_batch, pack_check, pack_examples, pack_groups, pack_pairs
+from loops.shared.attention import NotPackable
+from loops.shared.policy import check_context, choose_packing, compile_layers, enable_packing, score, self_check
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -53,6 +54,7 @@ EXACT = {
     "GptOssConfig": {**MOE, "sliding_window": 5},
     "GPT2Config": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 64},
+    "Exaone4Config": {"sliding_window": 5, "sliding_window_pattern": 2},  # global layers pass None for the window
 }
 FALLS_BACK = {
     "JambaConfig": {},
@@ -60,6 +62,7 @@ FALLS_BACK = {
     "StableLmConfig": {},
     "MambaConfig": {"state_size": 4},
     "BloomConfig": {"n_head": 4, "n_layer": 2},
+    "PhimoeConfig": {**MOE, "sliding_window": 4096},  # the window stands in the mask alone
 }
 
 
@@ -198,3 +201,69 @@ def test_the_exported_config_names_the_architecture(tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert '"Qwen3ForCausalLM"' in text and "plumbline" not in text
+
+
+@pytest.mark.parametrize("name", ["MistralConfig", "Exaone4Config"])
+def test_the_check_reaches_a_window_wider_than_its_rows(name, monkeypatch):
+    """80 tokens against a window of 4096: a packed attention that forgot windows must not pass."""
+    from loops.shared import attention
+
+    rows = pack_check([list(range(3, 90))], 4096)
+    extra = EXACT[name] | {"sliding_window": 4096, "max_position_embeddings": 8192}
+    assert choose_packing(tiny(name, extra, dtype=torch.float32), rows, wanted=True, say=print)
+    model, said = tiny(name, extra, dtype=torch.float32), []
+    monkeypatch.setattr(attention, "_window", lambda module, sliding_window: None)
+    assert not choose_packing(model, rows, wanted=True, say=said.append) and "mask" in said[0]
+    assert model.config.sliding_window == 4096  # nothing of the check stays
+
+
+def test_the_checks_rows_share_their_prompts():
+    """Two prompts and four completions are 6 segments; short rows are repeated, none passes the longest of the run."""
+    batch = pack_check([[5, 6, 7], [8] * 200], 1000)
+    assert [s.prefix for s in batch.segments] == [-1, 0, 0, -1, 3, 3]
+    assert batch.padded()[0].shape == (4, 80) and batch.input_ids[0, :6].tolist() == [5, 6, 7, 5, 6, 7]
+    for longest in (2, 3, 20):
+        assert pack_check([[5]], longest).padded()[0].shape == (4, longest)
+
+
+def test_only_the_self_check_takes_an_error_for_a_model_that_is_not_packable():
+    """Later in a run, a peer that died in an all-gather is told as what it is."""
+    model = tiny("Qwen3Config", {}, dtype=torch.float32)
+
+    def closed(module, inputs):
+        raise RuntimeError("Connection closed by peer")
+
+    handle = model.model.layers[0].register_forward_pre_hook(closed)
+    said = []
+    enable_packing(model)
+    with pytest.raises(RuntimeError, match="^Connection closed by peer$") as caught:
+        score(model, pack_groups(groups()))
+    assert not isinstance(caught.value, NotPackable)
+    handle.remove()
+    assert choose_packing(model, pack_groups(groups()), wanted=True, say=said.append)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_that_sees_its_targets_is_refused(packing):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    model = hf.BertLMHeadModel(hf.BertConfig(**shape, is_decoder=False))
+    with pytest.raises(ValueError, match="model_id: BertLMHeadModel is not causal.*is_decoder"):
+        choose_packing(model, pack_groups(groups()), wanted=packing, say=print)
+    decoder = hf.BertLMHeadModel(hf.BertConfig(**shape, is_decoder=True))
+    assert not choose_packing(decoder, pack_groups(groups()), wanted=False, say=print)
+
+
+def test_rows_beyond_the_models_positions():
+    """Learned positions end; rotary ones go on, which is worth a note."""
+    said = []
+    for name in ("GPT2Config", "OPTConfig"):
+        model = tiny(name, EXACT[name], dtype=torch.float32)
+        check_context(model, 128, setting="max_seq_length", say=said.append)
+        with pytest.raises(ValueError, match="129 tokens and the model only 128 positions .*lower max_seq_length"):
+            check_context(model, 129, setting="max_seq_length", say=said.append)
+    model = tiny("Qwen3Config", {}, dtype=torch.float32)
+    check_context(model, 128, setting="max_seq_length", say=said.append)
+    assert not said
+    check_context(model, 129, setting="max_seq_length", say=said.append)
+    assert "129 tokens" in said[0] and "128 positions" in said[0]

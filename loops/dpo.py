@@ -87,7 +87,6 @@ def build_microbatches(rows, pairs, frozen, config, accelerator):
     return microbatches
 
 
-@torch.no_grad()
 def reference_logps(reference, batch, accelerator, packing):
     """Log-probability of each completion under the reference: [B], sums over its tokens."""
     with accelerator.autocast(), reference.active() as model:

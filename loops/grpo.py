@@ -187,7 +187,7 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
     for iteration in range(config.num_iterations):
         for number, (batch, advantages, sampled) in enumerate(microbatches):
             if reference is not None and number not in frozen:
-                with torch.no_grad(), accelerator.autocast(), reference.active() as model:
+                with accelerator.autocast(), reference.active() as model:
                     frozen[number] = score(model, batch, temperature=temperature, packing=packing).logprobs
             scores = score(policy, batch, temperature=temperature, packing=packing)
             if iteration == 0:  # nothing was updated since sampling: this pass scores the policy that sampled

@@ -340,8 +340,8 @@ def parameter_line(model: nn.Module) -> str:
 class Reference:
     """The policy as it stood at the start: what KL terms and DPO compare with.
 
-    `model` is what to call, inside `with reference.active():`. Evaluation mode (no dropout) holds inside; adapter,
-    gradient flags and training mode are the policy's own again afterwards. It adds no `no_grad`: that is the caller's.
+    `model` is what to call, inside `with reference.active():`. Inside, nothing takes gradients and evaluation mode (no
+    dropout) holds; adapter, gradient flags and training mode are the policy's own again afterwards.
     """
 
     def __init__(self, model: nn.Module, kind: str) -> None:
@@ -351,29 +351,30 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        if self.kind == "copy":
-            yield self.model
-            return
-        policy: Any = self.model
-        reshard(policy)  # flags belong to the shards, and units left gathered would show other parameters
-        was_training = policy.training
-        # peft turns requires_grad of whole adapters on and off as it switches between them.
-        flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-        policy.eval()
-        try:
-            if self.kind == "base":
-                with policy.disable_adapter():
+        with torch.no_grad():
+            if self.kind == "copy":
+                yield self.model
+                return
+            policy: Any = self.model
+            reshard(policy)  # flags belong to the shards, and units left gathered would show other parameters
+            was_training = policy.training
+            # peft turns requires_grad of whole adapters on and off as it switches between them.
+            flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+            policy.eval()
+            try:
+                if self.kind == "base":
+                    with policy.disable_adapter():
+                        yield policy
+                else:
+                    policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
                     yield policy
-            else:
-                policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-                yield policy
-        finally:
-            reshard(policy)
-            if self.kind == "adapter":
-                policy.set_adapter(ADAPTER)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            policy.train(was_training)
+            finally:
+                reshard(policy)
+                if self.kind == "adapter":
+                    policy.set_adapter(ADAPTER)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                policy.train(was_training)
 
 
 def reshard(model: nn.Module) -> None:
@@ -404,7 +405,9 @@ def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     device = next(policy.parameters()).device
     with quiet_peft("reference"), _seeded(0, device):  # the random start is overwritten; leave the caller's state alone
-        policy.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(policy.peft_config[ADAPTER]))
+        settings = copy.deepcopy(policy.peft_config[ADAPTER])
+        settings.init_lora_weights = True  # pissa, olora, loftq, ... would change the base weights a second time
+        policy.add_adapter(REFERENCE_ADAPTER, settings)
     policy.set_adapter(ADAPTER)
     _raise_saved_modules(policy)
     with torch.no_grad():

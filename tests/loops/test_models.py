@@ -536,6 +536,30 @@ def test_the_reference_of_a_continued_adapter_is_the_starting_adapter(tmp_path, 
         assert len(tensors.keys()) == len(trainable)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal", "eva"])
+def test_a_reference_leaves_the_policy_where_it_was(tmp_path, init):
+    """Also beside an adapter whose initialisation changes the base weights: the copy must not do that once more."""
+    from peft import LoraConfig, get_peft_model
+
+    base = save_model(tmp_path / "base", "llama-untied")
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init)
+    first = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    with torch.no_grad():
+        for p in first.parameters():
+            p.add_(0.01 if p.requires_grad else 0.0)
+    first.save_pretrained(tmp_path / "adapter")
+
+    policy = build(str(tmp_path / "adapter"))
+    weights, start = {n: p.detach().clone() for n, p in policy.named_parameters()}, logits(policy)
+    reference = build_reference(policy)
+    assert reference.kind == "adapter"
+    assert all(torch.equal(policy.get_parameter(name), weight) for name, weight in weights.items())
+    assert torch.equal(logits(policy), start)
+    with reference.active() as model:
+        assert torch.equal(model(TOKENS).logits, start) and not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
 def test_gradients_survive_a_reference_pass_before_backward(model_id):
     """The reference is switched in between the policy's forward and its backward, as DPO does."""
     gradients = []

@@ -26,7 +26,14 @@ from data.chat import EncodeConfig, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.pack import BatchConfig, cut_step, pack_check, pack_pairs, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
-from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
+from loops.shared.models import (
+    ModelConfig,
+    build_policy,
+    build_reference,
+    build_tokenizer,
+    parameter_line,
+    resolve_dtype,
+)  # fmt: skip
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
 from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
@@ -93,16 +100,27 @@ def reference_logps(reference, batch, accelerator, packing):
         return score(model, batch, packing=packing).logprobs.sum(dim=1)
 
 
+def fingerprint(pairs, config, accelerator):
+    """Digest of all that decides the reference's scores, and of nothing that only costs time or memory."""
+    model = config.model
+    names = ["model_id", "revision", "from_scratch", "load_in_8bit", "load_in_4bit"]
+    names += (
+        ["bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"] if model.load_in_4bit else []
+    )
+    source = [getattr(model, name) for name in names] + [config.run.seed if model.from_scratch else None]
+    source += [resolve_dtype(model, accelerator.device), accelerator.mixed_precision]
+    digest = hashlib.sha256(repr(source).encode())
+    for pair in pairs:  # without its number, which is for messages
+        digest.update(repr((pair.prompt_ids, pair.completions())).encode())
+    return digest.hexdigest()
+
+
 def precompute(reference, pairs, file, config, accelerator, packing):
-    """`reference_logps` of all pairs, [pairs, 2], kept in `file` under a fingerprint of model settings and tokens.
+    """`reference_logps` of all pairs, [pairs, 2], kept in `file` under their `fingerprint`.
 
     A file that is there is taken if its fingerprint and, recomputed, its first pairs agree; otherwise ValueError.
     """
-    model = {name: value for name, value in asdict(config.model).items() if name != "merge_weights"}
-    digest = hashlib.sha256(repr((model, config.batch.packing)).encode())
-    for pair in pairs:
-        digest.update(repr(pair).encode())
-    fingerprint = digest.hexdigest()
+    mark = fingerprint(pairs, config, accelerator)
     known = torch.load(file, weights_only=True) if accelerator.is_main_process and file.exists() else None
     (known,) = broadcast_object_list([known])  # of the first process's disk: others may see an older one, or none
     wanted = range(len(pairs) if known is None else min(len(pairs), 4 * accelerator.num_processes))
@@ -114,12 +132,12 @@ def precompute(reference, pairs, file, config, accelerator, packing):
     table = accelerator.reduce(table.to(accelerator.device), "sum")
     if known is None:
         if accelerator.is_main_process:
-            torch.save({"fingerprint": fingerprint, "logps": table.cpu()}, file.with_suffix(".tmp"))
+            torch.save({"fingerprint": mark, "logps": table.cpu()}, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
         return table
     stored = known["logps"].to(table)
     near = 1.0 if accelerator.mixed_precision != "no" or next(reference.model.parameters()).itemsize < 4 else 0.01
-    if known["fingerprint"] != fingerprint or not torch.allclose(stored[wanted], table[wanted], rtol=1e-3, atol=near):
+    if known["fingerprint"] != mark or not torch.allclose(stored[wanted], table[wanted], rtol=1e-3, atol=near):
         raise ValueError(
             f"{file} was computed from another model, other pairs or settings; delete it to compute it again."
         )

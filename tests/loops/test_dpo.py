@@ -1,6 +1,7 @@
 """A pair's loss is that of its two whole completions, however they are computed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from accelerate import Accelerator
 from data.chat import Pair
 from data.pack import BatchConfig, pack_pairs
 from loops import dpo
-from loops.shared.models import build_reference
+from loops.shared.models import ModelConfig, build_reference
+from loops.shared.run import RunConfig
 from losses.dpo import LOSS_TYPES
 from tests.loops.test_steps import tiny_policy
 
@@ -104,3 +106,33 @@ def test_what_both_completions_begin_with_is_computed_once():
     ids, attention, predictors = batch.padded()
     assert ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 4]] and predictors.tolist() == [1, 2, 3] * 2
     assert torch.equal(ids[batch.rows, predictors + 1], batch.targets[batch.sources])
+
+
+def test_reference_scores_are_known_by_what_decides_them():
+    """Not by what costs time or memory, or belongs to the loss; the tokens, the base and its precision do decide."""
+    accelerator = Accelerator(cpu=True)
+    pairs, base = list(PAIRS.values()), {"model_id": "base", "lora_r": 8}
+
+    def mark(pairs=pairs, batch=None, loss=None, seed=0, **model):
+        config = dpo.Config(
+            model=ModelConfig(**{**base, **model}),
+            batch=BatchConfig(**batch or {}),
+            run=RunConfig(seed=seed),
+            **loss or {},
+        )
+        return dpo.fingerprint(pairs, config, accelerator)
+
+    free = [{key: True} for key in ("gradient_checkpointing", "activation_offloading", "merge_weights", "use_dora")]
+    free += [{"compile": True}, {"attn_implementation": "eager"}, {"lora_r": 4}, {"lora_dropout": 0.1}, {"seed": 1}]
+    free += [{"batch": {"packing": False}}, {"batch": {"max_tokens_per_batch": 99}}, {"bnb_4bit_quant_type": "fp4"}]
+    free += [{"loss": {"loss_type": "ipo", "beta": 0.5}}, {"pairs": [replace(pair, number=7) for pair in pairs]}]
+    free += [{"torch_dtype": "float32"}]  # what auto means on a CPU
+    assert {mark(**settings) for settings in free} == {mark()}
+    first, *others = pairs
+    decides = [{"model_id": "other"}, {"revision": "v2"}, {"from_scratch": True}, {"torch_dtype": "bfloat16"}]
+    decides += [{"from_scratch": True, "seed": 1}, {"load_in_4bit": True}, {"load_in_8bit": True}]
+    decides += [{"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, {"pairs": others}, {"pairs": [*others, first]}]
+    decides += [{"pairs": [replace(first, rejected_ids=[11, 2]), *others]}]
+    decides += [{"pairs": [replace(first, chosen_is_target=[True, False, True]), *others]}]
+    marks = [mark(**settings) for settings in decides]
+    assert len({mark(), *marks}) == len(decides) + 1

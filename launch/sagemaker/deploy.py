@@ -12,19 +12,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch.sagemaker.containers import ADDITIONAL, AMI, ENVIRONMENTS, IMAGES, MODEL, Serving
+from launch.sagemaker.failures import (
+    NO_SDK,
+    Patience,
+    aws_errors,
+    find_region,
+    is_gone,
+    one_sentence_errors,
+    sentence_of,
+)
 from launch.sagemaker.instances import gpus_of
 from launch.sagemaker.limits import check_environment, check_name, check_no_secrets, check_role, check_s3, check_tags
 
-NO_SDK = "the SageMaker SDK is not installed: pip install -e '.[sagemaker]'"
+METHODS = {"Model": "{}_model", "EndpointConfig": "{}_endpoint_config", "Endpoint": "{}_endpoint"}
+"""What an endpoint is made of, in the order of making, and boto3's methods for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +133,7 @@ def deploy(
         from sagemaker.core import image_uris
     except ImportError:
         raise ValueError(f"{NO_SDK}.") from None
-    region = region or (session and session.region_name) or os.environ.get("AWS_REGION")
-    region = region or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
-    if not region:
-        raise ValueError("no region: give --region, or set AWS_DEFAULT_REGION.")
+    region = find_region(region, session)
     session = None if dry_run else session or boto3.Session(region_name=region)
     image = options.image or image_uris.retrieve(
         **IMAGES[options.container], region=region, image_scope="inference", instance_type=options.instance_type
@@ -148,12 +155,35 @@ def deploy(
     if session is None:
         return name, requests
     client = session.client("sagemaker")
-    client.create_model(**requests["CreateModel"])
-    client.create_endpoint_config(**requests["CreateEndpointConfig"])
-    client.create_endpoint(**requests["CreateEndpoint"])
+    create(requests, client)
     if wait:
+        print(f"endpoint {name} is being created, and costs from now on: --delete removes it", file=sys.stderr)
         wait_for(name, client)
     return name, requests
+
+
+def create(requests: Mapping[str, Mapping[str, Any]], client: Any) -> None:
+    """Send the three requests. Where one is refused, what the ones before it made is deleted again.
+
+    Raises ValueError with AWS's words, and with what could not be taken back.
+    """
+    made: list[tuple[str, str]] = []
+    try:
+        for kind, method in METHODS.items():
+            getattr(client, method.format("create"))(**requests[f"Create{kind}"])
+            made.append((kind, requests[f"Create{kind}"][f"{kind}Name"]))
+    except BaseException as error:
+        left = []
+        for kind, name in reversed(made):
+            try:
+                getattr(client, METHODS[kind].format("delete"))(**{f"{kind}Name": name})
+            except aws_errors():
+                left.append(f"{kind} {name}")
+        if not isinstance(error, aws_errors()):
+            raise
+        name = requests["CreateEndpoint"]["EndpointName"]
+        how = f"{' and '.join(left)} stay: remove them with `{name} --delete`" if left else "nothing of it stays"
+        raise ValueError(f"AWS refused the endpoint {name} ({sentence_of(error)}); {how}.") from None
 
 
 def find_weights(source: str, session: Any, options: Options) -> Weights:
@@ -191,7 +221,9 @@ def _places_of_job(name: str, session: Any) -> list[str]:
     client = session.client("sagemaker")
     try:
         job = client.describe_training_job(TrainingJobName=name)
-    except client.exceptions.ClientError:
+    except client.exceptions.ClientError as error:
+        if not is_gone(error):
+            raise
         raise ValueError(f"{name} is neither a folder, an s3:// address nor a training job of this region.") from None
     if job["TrainingJobStatus"] != "Completed":
         raise ValueError(f"training job {name} is {job['TrainingJobStatus']}: deploy a completed one.")
@@ -310,36 +342,48 @@ def build_requests(
 
 def wait_for(name: str, client: Any, *, poll_seconds: float = 15.0) -> None:
     """Return when the endpoint answers. Raises RuntimeError with SageMaker's reason where it failed."""
+    ask = Patience(poll_seconds, lambda text: print(text, file=sys.stderr))
     while True:
-        endpoint = client.describe_endpoint(EndpointName=name)
+        endpoint = ask(partial(client.describe_endpoint, EndpointName=name))
         status = endpoint["EndpointStatus"]
         if status == "InService":
             return
         if status not in ("Creating", "Updating", "SystemUpdating"):
             reason = endpoint.get("FailureReason", f"see the log group /aws/sagemaker/Endpoints/{name}")
-            raise RuntimeError(f"endpoint {name} is {status}: {reason}")
+            raise RuntimeError(f"endpoint {name} is {status}: {reason}; `{name} --delete` removes it")
         time.sleep(poll_seconds)
 
 
 def delete(name: str, *, region: str | None = None, session: Any = None) -> list[str]:
-    """Delete an endpoint, its configuration and its models; returns what was deleted. Weights in S3 stay.
+    """Delete an endpoint, its configuration and its models, or what there is of them; returns what was deleted.
 
-    Raises ValueError where there is no such endpoint.
+    Weights in S3 stay. Raises ValueError where nothing of that name exists.
     """
     import boto3
 
-    client = (session or boto3.Session(region_name=region)).client("sagemaker")
-    try:
-        config_name = client.describe_endpoint(EndpointName=name)["EndpointConfigName"]
-    except client.exceptions.ClientError as error:
-        raise ValueError(f"endpoint {name}: {error.response['Error']['Message']}.") from None
-    variants = client.describe_endpoint_config(EndpointConfigName=config_name)["ProductionVariants"]
-    client.delete_endpoint(EndpointName=name)
-    client.delete_endpoint_config(EndpointConfigName=config_name)
-    models = [variant["ModelName"] for variant in variants]
-    for model in models:
-        client.delete_model(ModelName=model)
-    return [f"endpoint {name}", f"configuration {config_name}", *(f"model {model}" for model in models)]
+    client = (session or boto3.Session(region_name=find_region(region))).client("sagemaker")
+
+    def ask(call: Any, **names: str) -> Any:
+        """The answer, None where there is no such thing."""
+        try:
+            return call(**names)
+        except client.exceptions.ClientError as error:
+            if not is_gone(error):
+                raise
+            return None
+
+    endpoint = ask(client.describe_endpoint, EndpointName=name) or {"EndpointConfigName": name}
+    config = ask(client.describe_endpoint_config, EndpointConfigName=endpoint["EndpointConfigName"]) or {}
+    models = [variant["ModelName"] for variant in config.get("ProductionVariants", [])] or [name]
+    parts = [("Endpoint", name), ("EndpointConfig", endpoint["EndpointConfigName"]), *(("Model", m) for m in models)]
+    deleted = [
+        f"{'configuration' if kind == 'EndpointConfig' else kind.lower()} {part}"
+        for kind, part in parts
+        if ask(getattr(client, METHODS[kind].format("delete")), **{f"{kind}Name": part}) is not None
+    ]
+    if not deleted:
+        raise ValueError(f"endpoint {name}: Could not find it, nor a configuration or model of that name.")
+    return deleted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -362,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch.sagemaker.submit import pairs_of
 
     given = vars(build_parser().parse_args(argv))
-    try:
+    with one_sentence_errors("deploy"):
         if given["delete"]:
             print("\n".join(f"deleted {what}" for what in delete(given["source"], region=given["region"])))
             return
@@ -376,9 +420,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             wait=not given["no_wait"],
             dry_run=given["dry_run"],
         )
-    except (ValueError, RuntimeError) as error:
-        print(f"deploy: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     if given["dry_run"]:
         print(json.dumps(requests, indent=2))
         return

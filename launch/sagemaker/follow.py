@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from typing import Any
+
+from launch.sagemaker.failures import Patience, aws_errors, find_region, is_gone, one_sentence_errors
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 LATE_SECONDS = 120  # CloudWatch may show a line so much later than a newer one
@@ -19,7 +22,8 @@ LATE_SECONDS = 120  # CloudWatch may show a line so much later than a newer one
 def follow(name: str, *, session: Any = None, poll_seconds: float = 10.0, out: Any = None) -> dict[str, Any]:
     """Print the log lines of all hosts until the job ends; returns what DescribeTrainingJob then says.
 
-    Raises RuntimeError with SageMaker's reason where the job failed.
+    A busy AWS or a network that is away for a while is waited for. Raises ValueError where there is no such job,
+    RuntimeError with SageMaker's reason where the job failed.
     """
     if session is None:
         import boto3
@@ -27,16 +31,22 @@ def follow(name: str, *, session: Any = None, poll_seconds: float = 10.0, out: A
         session = boto3.Session()
     client, logs = session.client("sagemaker"), session.client("logs")
     out = out or sys.stdout
+    ask = Patience(poll_seconds, lambda text: print(f"-- {text}", file=out, flush=True))
     seen: set[str] = set()
     start, status = 0, ""
     while True:
-        job = client.describe_training_job(TrainingJobName=name)
+        try:
+            job = ask(partial(client.describe_training_job, TrainingJobName=name))
+        except aws_errors() as error:
+            if not is_gone(error):
+                raise
+            raise ValueError(f"there is no training job {name} in {client.meta.region_name}.") from None
         ended = job["TrainingJobStatus"] in ("Completed", "Failed", "Stopped")
         if job.get("SecondaryStatus", "") != status:
             status = job.get("SecondaryStatus", "")
             print(f"-- {status}", file=out, flush=True)
         several = job.get("ResourceConfig", {}).get("InstanceCount", 1) > 1
-        start = _print_new_lines(logs, name, seen, start, several, out)
+        start = ask(partial(_print_new_lines, logs, name, seen, start, several, out))
         if ended:
             break
         time.sleep(poll_seconds)
@@ -85,15 +95,13 @@ def main() -> None:
     parser.add_argument("job", help="name of a training job")
     parser.add_argument("--region", help="default: AWS's own settings")
     options = parser.parse_args()
-    import boto3
+    with one_sentence_errors("follow"):
+        import boto3
 
-    try:
-        follow(options.job, session=boto3.Session(region_name=options.region))
-    except RuntimeError as error:
-        print(f"follow: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(f"follow: {options.job} goes on", file=sys.stderr)
+        try:
+            follow(options.job, session=boto3.Session(region_name=find_region(options.region)))
+        except KeyboardInterrupt:
+            print(f"follow: {options.job} goes on", file=sys.stderr)
 
 
 if __name__ == "__main__":

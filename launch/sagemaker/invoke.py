@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from launch.sagemaker.failures import find_region, one_sentence_errors
 
 Message = dict[str, Any]
 
@@ -177,7 +178,7 @@ def _reason(error: Any) -> str:
 def _client(region: str | None = None) -> Any:
     import boto3
 
-    return boto3.Session(region_name=region).client("sagemaker-runtime")
+    return boto3.Session(region_name=find_region(region)).client("sagemaker-runtime")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -194,11 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bool(options.prompt) == bool(options.file):
         parser.error("give a prompt, or --file")
     settings = {"max_tokens": options.max_tokens, "temperature": options.temperature}
-    client = _client(options.region)
-    try:
+    with one_sentence_errors("invoke"):
+        client = _client(options.region)
         if options.file:
-            for line in Path(options.file).read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            for number, line in enumerate(Path(options.file).read_text(encoding="utf-8").splitlines(), start=1):
+                row = _row(line, f"{options.file}, line {number}")
                 asked = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
                 answer = invoke(options.endpoint, asked, settings, client=client, adapter=options.adapter)
                 print(json.dumps({**row, "completion": answer["choices"][0]["message"]["content"]}, ensure_ascii=False))
@@ -212,9 +213,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             answer = invoke(options.endpoint, asked, settings, client=client, adapter=options.adapter)
             print(answer["choices"][0]["message"]["content"])
-    except RuntimeError as error:
-        print(f"invoke: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not (row.get("messages") or "prompt" in row):
+        raise ValueError(f"{where} is no JSON object with `messages` or `prompt`.")
+    return row
 
 
 if __name__ == "__main__":

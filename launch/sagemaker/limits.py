@@ -114,6 +114,16 @@ def check_s3(uri: str, what: str) -> tuple[str, str]:
     return match[1], (match[2] or "").strip("/")
 
 
+def check_addresses(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for an address with a password in it: requests and config files are no secrets."""
+    for key, value in values.items():
+        if re.search(r"://[^/\s:@]*:[^/\s]*@", str(value)):
+            raise ValueError(
+                f"{key} holds a password, which would stand in clear text in the request: leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in your own image, or give SageMaker's MLflow."
+            )
+
+
 def check_no_secrets(request: Any) -> None:
     """Raises ValueError where a secret of this machine's environment stands in the request."""
     text = json.dumps(request, default=str)

@@ -288,16 +288,16 @@ def _whole_lines(path: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Capture, run, show the first host's log; returns the largest exit code."""
     from launch.sagemaker.settings import Compute, Settings
-    from launch.sagemaker.submit import pairs_of
+    from launch.sagemaker.submit import add_list, pairs_of
 
     parser = argparse.ArgumentParser(
         prog="python -m launch.sagemaker.local",
         description="Run a SageMaker job on this machine. Other --key value pairs are keys of its configuration.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="YAML of the loop")
-    parser.add_argument("--input_data", nargs="+", default=[], metavar="NAME=PLACE", help="local files or folders")
-    parser.add_argument("--include", nargs="+", default=[], help="files and folders of yours that the job can import")
+    add_list(parser, "--config", required=True, metavar="FILE", help="YAML of the loop")
+    add_list(parser, "--input_data", default=[], metavar="NAME=PLACE", help="local files or folders")
+    add_list(parser, "--include", default=[], help="files and folders of yours that the job can import")
     parser.add_argument("--loop", help="sft, dpo or grpo, where the config's name does not say it")
     parser.add_argument("--instance_type", default="ml.m5.xlarge", help="what the job is told; default %(default)s")
     parser.add_argument("--instance_count", type=int, choices=(1, 2), default=1, help="hosts; default %(default)s")

@@ -23,6 +23,8 @@ ALIASES = {  # other spellings of the keys that a channel fills; `configs/spelli
     "model_id": ("model_name", "model_name_or_path", "hf_model_id"),
 }
 KEY_OF = {alias: key for key, aliases in ALIASES.items() for alias in (key, *aliases)}
+JOBS_OWN = ("--output_dir=/opt/ml/checkpoints", "--resume_from=latest", "--run_name=JOB_NAME")
+"""What `loop_words` adds where nobody says otherwise."""
 # Our parser of config files, in a process of its own: YAML is not in the standard library.
 READ_FILES = (
     "import json, sys\nfrom configs.text import read_file\n"
@@ -121,7 +123,8 @@ def loop_words(
     given_files, given = split_words(hyperparameter_words(hyperparameters))
     files, pairs = [*given_files, *own_files], [{key: value} for key, value in [*given, *own]]
     channels = _channels(places, loop)
-    layers: list[dict[str, Any]] = _read_files(files) if channels else []
+    job = os.environ.get("TRAINING_JOB_NAME")
+    layers: list[dict[str, Any]] = _read_files(files) if channels or job else []
     every = [place for layer in [*layers, *pairs] for place in _places_in(layer)]
     ends: list[dict[str, Any]] = []
     rewritten = False
@@ -159,6 +162,8 @@ def loop_words(
         ends.append({"output_dir": str(places.checkpoints)})
     if not any("resume_from" in pair for pair in pairs):
         ends.append({"resume_from": "latest"})
+    if job and not any(place.key == "run_name" and place.value for place in every):
+        ends.append({"run_name": job})  # the run's folder, the loops' own default, has the same name in every job
 
     if rewritten:
         files = _write_files(files, layers, places.output / "config")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.sagemaker.places import find_places
+from launch.sagemaker.places import KEY_OF, find_places
 
 HOUSE = Path(__file__).resolve().parents[2]
 ROOMS = ("loops", "losses", "data", "configs", "launch")
@@ -16,6 +17,9 @@ LOOPS = ("sft", "dpo", "grpo")
 REQUIREMENTS = "launch/sagemaker/requirements.txt"
 CHANNELS = {"model_id": ("models",), "dataset_name": ("training", "preferences"), "eval_dataset_name": ("validation",)}
 """Key of the configuration -> the channels that fill it in the job."""
+PATHS = {**CHANNELS, "tokenizer_id": (), "resume_from": ()}
+"""All keys that may name a file or folder to read."""
+FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|ya?ml|gz|zst)$")
 NOT_SHIPPED = shutil.ignore_patterns(
     "__pycache__", "*.pyc", ".*", "*.ipynb", "results", "runs", "wandb", "mlruns", "*.egg-info"
 )
@@ -78,21 +82,54 @@ def stage_source(
     return places
 
 
+def with_places(hyperparameters: Mapping[str, Any], include: Sequence[str]) -> dict[str, Any]:
+    """The hyperparameters, with the job's own paths for files that travel and were given by an absolute path."""
+    chosen = dict(hyperparameters)
+    for name, value in chosen.items():
+        key = name.replace("-", "_")
+        if KEY_OF.get(key, key) in PATHS and isinstance(value, str) and Path(value).is_absolute():
+            chosen[name] = place_in_job(value, include) or value
+    return chosen
+
+
+def place_in_job(value: str, include: Sequence[str]) -> str | None:
+    """Where the job has this file or folder, None where it does not travel or does not exist."""
+    path = Path(os.path.expandvars(value)).expanduser()
+    whole = (path if path.exists() else HOUSE / value).resolve()
+    roots = {Path(own).resolve(): Path(own).resolve().parent for own in include} | {HOUSE / r: HOUSE for r in ROOMS}
+    for root, above in roots.items():
+        if whole.exists() and whole.is_relative_to(root):
+            place = whole.relative_to(above)
+            return None if NOT_SHIPPED("", place.parts) else place.as_posix()
+    return None
+
+
 def check_sources(values: Mapping[str, Any], channels: Mapping[str, Any], include: Sequence[str]) -> None:
     """Raises ValueError where a value of the configuration names a file or a module that the job would not find."""
-    inputs = find_places().base / "input/data"
-    for key, given in CHANNELS.items():
+    base = find_places().base
+    for key, given in PATHS.items():
         value = str(values.get(key) or "")
-        if not value:
+        if not value or (key == "resume_from" and value in ("none", "latest", "best")):
             continue
-        if Path(value).is_relative_to(inputs):  # it means a channel, and our entry leaves it as it is
-            channel = Path(value).relative_to(inputs).parts[0]
+        place = place_in_job(value, include)
+        if Path(value).is_relative_to(base / "input/data"):  # it means a channel, and our entry leaves it as it is
+            channel = Path(value).relative_to(base / "input/data").parts[0]
             if channel not in channels:
                 raise ValueError(f"{key} is {value}, and no channel is named `{channel}`: add {channel}=s3://... .")
-        elif not any(name in channels for name in given) and Path(value).exists() and not _is_shipped(Path(value)):
-            raise ValueError(
-                f"{key} is {value}, which the job does not have: give it as a channel, {given[0]}={value}."
-            )
+        elif any(name in channels for name in given) or Path(value).is_relative_to(base):
+            continue
+        elif place is not None:
+            if place != Path(value).as_posix():
+                raise ValueError(f"{key} is {value}, which the job has as {place}: write {place}.")
+        elif Path(os.path.expandvars(value)).expanduser().exists():
+            cure = f"give it as a channel, {given[0]}={value}" if given else f"add --include {value}"
+            if key == "resume_from":
+                cure = "leave it out, for a job goes on from the checkpoints of its run_name"
+            raise ValueError(f"{key} is {value}, which the job does not have: {cure}.")
+        elif key == "eval_dataset_name" and any(name in channels for name in CHANNELS["dataset_name"]):
+            continue  # looked for beside the training rows
+        elif key == "resume_from" or FILE.search(value) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
+            raise ValueError(f"{key} is {value}, which is no file or folder here and can be no hub id: correct it.")
     functions = [values.get(key) or [] for key in ("reward_functions", "eval_reward", "converter")]
     for name in [name for value in functions for name in ([value] if isinstance(value, str) else value)]:
         for module in [part.partition(":")[0].strip() for part in name.split(",") if ":" in part]:

@@ -15,8 +15,8 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,16 +25,22 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import dump_config, flat_values, load_config
-from launch.sagemaker.entry import SECRETS
-from launch.sagemaker.limits import check_environment, check_no_secrets, check_role, encode_hyperparameters
-from launch.sagemaker.places import split_words
+from launch.sagemaker.entry import SECRETS, Cluster, launch_command
+from launch.sagemaker.failures import NO_SDK, aws_errors, find_region, one_sentence_errors, sentence_of
+from launch.sagemaker.limits import (
+    check_addresses,
+    check_environment,
+    check_no_secrets,
+    check_role,
+    encode_hyperparameters,
+)
+from launch.sagemaker.places import JOBS_OWN, hyperparameter_words, split_words
 from launch.sagemaker.settings import Compute, Settings, as_channels, as_compute
-from launch.sagemaker.source import check_sources, loop_of, stage_source
+from launch.sagemaker.source import check_sources, loop_of, stage_source, with_places
 from launch.sagemaker.torchrun import job_config, sharding_environment
-from launch.sagemaker.trainer import DryRun, build_trainer, dry_session
+from launch.sagemaker.trainer import DryRun, build_trainer, dry_session, entry_command
 
 CODE = "/opt/ml/input/data/code"
-NO_SDK = "the SageMaker SDK is not installed: pip install -e '.[sagemaker]'"
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class Job:
     """S3 folder of the run: checkpoints, metrics.jsonl, completions.jsonl."""
     request: dict[str, Any]
     """What CreateTrainingJob was given."""
+    command: str
+    """What the job executes, and what that starts."""
+    files: Sequence[str]
+    """What travels as the job's code."""
 
 
 def submit(
@@ -87,27 +97,23 @@ def submit(
         if not path.is_file():
             raise ValueError(f"config `{path}` does not exist.")
     loop, role = loop_of(files[0], settings.loop), check_role(role)
-    chosen = with_settings(hyperparameters or {}, settings)
+    chosen = with_places(with_settings(hyperparameters or {}, settings), settings.include)
     whole = read_config(loop, files, encode_hyperparameters(chosen))
+    check_addresses({**settings.environment, **flat_values(whole)})
     check_sources(flat_values(whole), channels, settings.include)
     environment = {"PYTHONPATH": CODE, **settings.environment}
     for name, secret in (("WANDB_API_KEY", settings.wandb_secret), ("HF_TOKEN", settings.hf_secret)):
         if secret:
             environment[SECRETS[name]] = secret
     try:
-        import boto3
         import sagemaker.train  # noqa: F401  here, so that its absence is told before anything is done
     except ImportError:
         raise ValueError(f"{NO_SDK}.") from None
     session = _session(session, region, role, dry_run)
-    sent: dict[str, Any] = {}
-
-    def look(params: dict[str, Any], **_: Any) -> None:
-        sent.update(params)
-        check_no_secrets(params)
-
-    event = "provide-client-params.sagemaker.CreateTrainingJob"
-    session.events.register(event, look)
+    _request.clear()
+    _taken.clear()
+    for event, handler in {"provide-client-params": _look, "after-call": _answered}.items():
+        session.events.register(f"{event}.sagemaker.CreateTrainingJob", handler, unique_id=f"plumbline-{event}")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         own = settings.requirements not in (None, "none")
         places = stage_source(
@@ -126,6 +132,7 @@ def submit(
             places = [f"configs/job-{loop}.yaml"]
             Path(folder, places[0]).write_text(dump_config(job_config(whole, channels, loop)), encoding="utf-8")
             chosen = {"config": places[0]}
+        travels = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
         check_environment({name: value for name, value in environment.items() if name not in SECRETS.values()})
         try:
             from sagemaker.core.training.configs import InputData
@@ -145,19 +152,52 @@ def submit(
             trainer.train(input_data_config=inputs, wait=False, logs=False)
         except DryRun:
             pass
-        except (boto3.exceptions.Boto3Error, *_botocore_errors()) as error:
-            raise ValueError(f"AWS refused: {' '.join(str(error).split())}") from None
-        finally:
-            session.events.unregister(event, look)
+        except aws_errors() as error:
+            if not any(_taken):  # the SDK goes on to ask for the job's state once it is taken
+                lost = f"AWS may have taken job {_request.get('TrainingJobName')}: look before you submit again"
+                refused = "AWS refused" if _taken or not _request else lost
+                raise ValueError(f"{refused}: {sentence_of(error)}") from None
+            print(f"its state could not be read: {sentence_of(error)}", file=sys.stderr)
+    sent = dict(_request)
     name, checkpoints = sent["TrainingJobName"], sent["CheckpointConfig"]["S3Uri"]
     model = f"{sent['OutputDataConfig']['S3OutputPath']}/{name}/output/model/"
     if settings.launcher == "torchrun":  # nobody moves it out of the run's folder there
         model = f"{checkpoints}/model/"
+    if not dry_run:
+        print(f"submitted as {name}", file=sys.stderr, flush=True)
     if wait and not dry_run:
         from launch.sagemaker.follow import follow
 
         follow(name, session=session)
-    return Job(name, model, checkpoints, sent)
+    command = command_of(loop, places, chosen, machines, settings.launcher)
+    return Job(name, model, checkpoints, sent, command, travels)
+
+
+def command_of(loop: str, configs: Sequence[str], chosen: Mapping[str, Any], machines: Compute, launcher: str) -> str:
+    """The job's own command and, below it, the launcher's line of the first host; channels add to the latter."""
+    words = [f"loops/{loop}.py", *(word for path in configs for word in ("--config", path))]
+    if launcher == "torchrun":
+        return f"torchrun {' '.join(words)}"
+    each = machines.processes // machines.instance_count
+    hosts = tuple(sorted(f"algo-{n + 1}" for n in range(machines.instance_count)))
+    cluster = Cluster(hosts, hosts[0], "eth0", machines.instance_type, each)
+    ends = [*hyperparameter_words(encode_hyperparameters(chosen)), *JOBS_OWN]
+    line = launch_command(cluster, [], ["launch.sagemaker.rank", *words, *ends])
+    return f"{entry_command(loop, configs)}\n  accelerate launch {shlex.join(line[3:])}"
+
+
+# The SDK keeps a client for each session, with the handlers of its first job: these serve all jobs of this process.
+_request: dict[str, Any] = {}
+_taken: list[bool] = []
+
+
+def _look(params: dict[str, Any], **_: Any) -> None:
+    check_no_secrets(params)
+    _request.update(params)
+
+
+def _answered(http_response: Any, **_: Any) -> None:
+    _taken.append(http_response.status_code < 300)
 
 
 def with_settings(hyperparameters: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -190,28 +230,27 @@ def read_config(loop: str, files: Sequence[Path], hyperparameters: Mapping[str, 
 def _session(session: Any, region: str | None, role: str, dry_run: bool) -> Any:
     import boto3
 
-    region = region or (session and session.region_name) or os.environ.get("AWS_REGION")
-    region = region or os.environ.get("AWS_DEFAULT_REGION") or boto3.Session().region_name
-    if not region:
-        raise ValueError("no region: give --region, or set AWS_DEFAULT_REGION.")
+    region = find_region(region, session)
     if dry_run:
         return dry_session(region, role)
     return session or boto3.Session(region_name=region)
 
 
-def _botocore_errors() -> tuple[type[Exception], ...]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return BotoCoreError, ClientError
-
-
 def pairs_of(words: Sequence[str], option: str) -> dict[str, str]:
-    """`a=b c=d` of an option as a mapping."""
-    pairs = [word.partition("=") for word in words]
-    for name, equals, _ in pairs:
+    """`a=b c=d` of an option as a mapping. Raises ValueError for a name that stands there twice."""
+    found: dict[str, str] = {}
+    for name, equals, value in [word.partition("=") for word in words]:
         if not equals:
             raise ValueError(f"--{option} {name}: write NAME=VALUE.")
-    return {name: value for name, _, value in pairs}
+        if name in found:
+            raise ValueError(f"--{option} gives {name} twice, {found[name]} and {value}: keep one of them.")
+        found[name] = value
+    return found
+
+
+def add_list(parser: argparse.ArgumentParser, *flags: str, **settings: Any) -> None:
+    """An option that takes several values; given again, it takes more of them, as the loops' own `--config` does."""
+    parser.add_argument(*flags, nargs="+", action="extend", **settings)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -222,13 +261,13 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", nargs="+", required=True, metavar="FILE", help="YAML of the loop; later files over earlier ones")
-    add(
-        "--input_data", nargs="+", default=[], metavar="NAME=PLACE", help="channels: s3:// folder, local file or folder"
-    )
+    add_list(parser, "--config", required=True, metavar="FILE", help="YAML of the loop; later files over earlier ones")
+    channels = "channels: s3:// folder, local file or folder"
+    add_list(parser, "--input_data", default=[], metavar="NAME=PLACE", help=channels)
     add("--role", help="ARN of the execution role; default SAGEMAKER_ROLE_ARN")
     add("--region", help="default AWS_REGION, AWS_DEFAULT_REGION, or the AWS profile's")
-    add("--dry_run", action="store_true", help="print the request as JSON; send nothing, need no credentials")
+    dry = "print the request as JSON, and on stderr what would run and travel; send nothing, need no credentials"
+    add("--dry_run", action="store_true", help=dry)
     add("--wait", action="store_true", help="follow the logs until the job ends")
     for settings in (Compute, Settings):
         add_fields(parser, settings, Path(__file__).with_name("settings.py"))
@@ -247,7 +286,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: Any, source: Path) -> 
             parser.add_argument(*flags, action="store_true", dest=entry.name, help=line)
         elif kind.startswith(("Sequence", "Mapping")):
             of = "NAME=VALUE" if kind.startswith("Mapping") else "VALUE"
-            parser.add_argument(*flags, nargs="+", default=[], metavar=of, help=line)
+            add_list(parser, *flags, default=[], metavar=of, help=line)
         else:
             shown = "" if entry.default is None else f" Default {entry.default}."
             type_ = int if "int" in kind else str
@@ -257,7 +296,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: Any, source: Path) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     options, rest = build_parser().parse_known_args(argv)
     given = vars(options)
-    try:
+    with one_sentence_errors("submit"):
         files, pairs = split_words(rest)
         for name in ("input_data", "environment", "tags"):
             given[name] = pairs_of(given[name], name)
@@ -272,10 +311,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             dry_run=given["dry_run"],
             wait=given["wait"],
         )
-    except (ValueError, RuntimeError) as error:
-        print(f"submit: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     if given["dry_run"]:
+        print(f"the job executes: {job.command}", file=sys.stderr)
+        print("\n  ".join(["these files travel:", *job.files]), file=sys.stderr)
         print(json.dumps(job.request, indent=2, default=str))
         return
     print(f"{job.name}\nmodel, once it is done: {job.model}")

@@ -6,6 +6,7 @@ in it, and the sharding that the config asks for becomes the variables that `acc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ def job_config(config: Any, channels: Mapping[str, Any], loop: str) -> Any:
     values: dict[str, Any] = {
         "output_dir": str(places.checkpoints),
         "resume_from": "latest",
+        "run_name": config.run.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}",  # else the folder's
         "fsdp": {},
         "fsdp_config": {},
         "cpu_offload": False,

@@ -86,9 +86,8 @@ def build_trainer(
     start: dict[str, Any] = {"requirements": None if settings.requirements == "none" else REQUIREMENTS}
     if settings.launcher == "torchrun":
         start["entry_script"] = f"loops/{loop}.py"
-    else:  # exec makes our entry process 1, the only one that SIGTERM is sent to
-        words = " ".join(f"--config {path}" for path in configs)
-        start["command"] = f"exec $SM_PYTHON_CMD -m launch.sagemaker.entry -- loops/{loop}.py {words}"
+    else:
+        start["command"] = entry_command(loop, configs)
     network = settings.subnets or settings.encrypt_traffic
     tags = {"plumbline": loop, "run": run, **settings.tags}
     trainer = ModelTrainer(
@@ -129,6 +128,12 @@ def build_trainer(
     return trainer.with_metric_definitions(
         [MetricDefinition(name=name, regex=metric_pattern(name)) for name in HEADLINE]
     )
+
+
+def entry_command(loop: str, configs: Sequence[str]) -> str:
+    """exec makes our entry process 1, the only one that SIGTERM is sent to."""
+    words = " ".join(f"--config {path}" for path in configs)
+    return f"exec $SM_PYTHON_CMD -m launch.sagemaker.entry -- loops/{loop}.py {words}"
 
 
 def metric_pattern(name: str) -> str:

@@ -47,7 +47,7 @@ from loops.shared.sharding import (
     read_sharding,
     sharding_line,
 )
-from loops.shared.tracking import SilentTracker, Tracker, start_tracking
+from loops.shared.tracking import SilentTracker, Tracker, printable, start_tracking, without_passwords
 from loops.shared.weights import WrongLogits, check_export, export_model, logits_of
 
 
@@ -90,8 +90,8 @@ class RunConfig:
     """Trackers besides metrics.jsonl: any of mlflow, wandb, tensorboard (list or comma list), or none."""
     mlflow_uri: str | None = None
     """MLflow tracking server (http://..., file:..., sqlite:...); setting it implies `report_to: mlflow`."""
-    mlflow_experiment_name: str = "plumbline"
-    """MLflow experiment, and W&B project."""
+    mlflow_experiment_name: str | None = None
+    """MLflow experiment, and W&B project; left out, MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT, else `plumbline`."""
     mixed_precision: str = "auto"
     """`no`, `bf16` (autocast around the forward; under fsdp bf16 parameters, and reductions and outputs in fp32), or
     `auto`: bf16 on a GPU that has it, else no."""
@@ -192,7 +192,7 @@ class Run:
     def say(self, text: str) -> None:
         """One line for the person at the terminal, from the main process."""
         if self.accelerator.is_main_process:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def due(self, step: int, every: int, last: bool) -> bool:
         """Whether what happens every `every` steps (0: only at the end) is due after step `step`."""
@@ -267,8 +267,8 @@ class Run:
                 self.accelerator,
                 folder=self.folder,
                 report_to=self.config.report_to,
-                run_name=self.config.run_name or self.folder.name,
-                project=self.config.mlflow_experiment_name or "plumbline",
+                run_name=self.config.run_name or None,
+                project=self.config.mlflow_experiment_name or None,
                 mlflow_uri=self.config.mlflow_uri or None,  # SageMaker's files leave it as an empty text
                 config=self.settings,
                 resume_step=step,
@@ -282,7 +282,9 @@ class Run:
         atexit.register(self.tracker.finish, ok=False)  # a run that ends early is marked as failed
         self.on_end(partial(self.tracker.finish, ok=False))
         if self.accelerator.is_main_process:
-            (self.folder / "config.yaml").write_text(self.resolved)
+            (self.folder / "config.yaml").write_text(without_passwords(self.resolved))
+            if without_passwords(self.resolved) != self.resolved:
+                self.say("passwords in addresses are written nowhere: give them again on resume")
             name = f"provenance-{self.checkpoint.name}.json" if self.checkpoint else "provenance.json"
             text = json.dumps(_provenance(self.accelerator, self.config.seed), indent=1)
             (self.folder / name).write_text(text + "\n")
@@ -381,7 +383,7 @@ class Run:
             shutil.rmtree(partly, ignore_errors=True)
         model = self.accelerator.unwrap_model(policy)
         expected = logits_of(model, self.accelerator.device)
-        export_model(model, tokenizer, partly, merge=merge, card=card, title=folder.name)
+        export_model(model, tokenizer, partly, merge=merge, card=without_passwords(card), title=folder.name)
         if self.accelerator.is_main_process:
             trained = ModelConfig(**self.settings["model"])
             if reason := check_export(model, partly, expected, trained, self.accelerator):
@@ -578,10 +580,10 @@ def one_sentence_errors(prog: str) -> Iterator[None]:
             ours.is_relative_to(house / room) for room in ("loops", "losses", "data", "configs", "launch")
         ):
             raise
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except (FloatingPointError, WrongLogits) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
@@ -635,7 +637,7 @@ def _provenance(accelerator: Accelerator, seed: int) -> dict:
     changes = git("status", "--porcelain")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": sys.argv,
+        "argv": without_passwords(sys.argv),
         "seed": seed,
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),

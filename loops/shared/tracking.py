@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -169,7 +170,7 @@ def start_tracking(
     folder: Path | str,
     report_to: str | Iterable[str],
     run_name: str | None,
-    project: str,
+    project: str | None,
     mlflow_uri: str | None,
     config: Mapping[str, Any],
     resume_step: int | None = None,
@@ -179,7 +180,9 @@ def start_tracking(
 ) -> Tracker | SilentTracker:
     """Open the run's files and trackers in `folder` (made if missing).
 
-    `project` is MLflow's experiment and W&B's project, `config` the resolved configuration (nested mappings are fine).
+    `project` is MLflow's experiment and W&B's project, `run_name` the run's name in both; where they are None the
+    trackers' own environment variables decide, then `plumbline` and the folder's name. `config` is the resolved
+    configuration (nested mappings are fine); passwords in its addresses are left out.
     `resume_step` is the checkpoint's step: later rows are cut and the trackers' runs are continued; None starts anew.
     Raises ValueError when a tracker is unknown, not installed, or cannot be started.
     """
@@ -189,7 +192,7 @@ def start_tracking(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     known_runs = read_run_ids(folder) if resume_step is not None else {}
-    run_name = run_name or folder.resolve().name
+    config = without_passwords(config)
     trackers: list[GeneralTracker] = []
     for name in names:
         try:
@@ -239,12 +242,15 @@ def tracker_names(report_to: str | Iterable[str], mlflow_uri: str | None = None)
 def start_mlflow(
     folder: Path,
     uri: str | None,
-    experiment: str,
-    run_name: str,
+    experiment: str | None,
+    run_name: str | None,
     config: Mapping[str, Any],
     known_runs: dict[str, str],
 ) -> GeneralTracker:
-    """Start or continue the run on `uri`; without one, on MLflow's own setting, else on `mlflow.db` in the folder."""
+    """Start or continue the run on `uri`; without one, on MLflow's own setting, else on `mlflow.db` in the folder.
+
+    An experiment or a run's name that is given wins over MLFLOW_EXPERIMENT_NAME and MLFLOW_RUN_ID.
+    """
     import mlflow
     from accelerate.tracking import MLflowTracker
     from mlflow import environment_variables as settings
@@ -261,17 +267,33 @@ def start_mlflow(
         if not setting.is_set():
             setting.set(limit)
 
+    client = mlflow.MlflowClient()
     known = known_runs.get("mlflow")
     if known is not None:
         try:
-            mlflow.MlflowClient().get_run(known)
+            found = client.get_run(known).info.lifecycle_stage
         except mlflow.exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            logger.warning("MLflow at %s does not know run %s: a new one is started", mlflow.get_tracking_uri(), known)
+            found = "not known"
+        if found != "active":
+            logger.warning("run %s is %s at %s: a new one is started", known, found, mlflow.get_tracking_uri())
             known = None
-    tracker = MLflowTracker(experiment_name=experiment, run_id=known, run_name=run_name)
-    tracker.start()
+    elif asked := settings.MLFLOW_RUN_ID.get():
+        if experiment or run_name:
+            logger.warning("MLFLOW_RUN_ID is not used: mlflow_experiment_name or run_name is given")
+        else:
+            logger.warning("going on in MLflow's run %s: MLFLOW_RUN_ID says so", asked)
+            known = asked
+    experiment_id = None if known else find_experiment(client, experiment)
+    tracker = MLflowTracker()  # whose `start` prefers the environment to what it is given, and fails on a quote
+    tracker.active_run = mlflow.start_run(
+        run_id=known,
+        experiment_id=experiment_id,
+        run_name=run_name or (None if known else folder.resolve().name),  # None keeps the run's own
+        nested=tracker.nested_run,
+        tags=tracker.tags,
+    )
     if known is None:  # a continued run has its parameters, and MLflow lets none be changed
         values = flatten(config)
         cut = {key: str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in values.items()}
@@ -280,15 +302,36 @@ def start_mlflow(
     return tracker
 
 
+def find_experiment(client: Any, name: str | None) -> str:
+    """Id of MLflow's experiment `name`, made where it is missing. Raises ValueError where it has been deleted."""
+    from mlflow import environment_variables as settings
+
+    name = name or settings.MLFLOW_EXPERIMENT_NAME.get()
+    if not name and settings.MLFLOW_EXPERIMENT_ID.get():
+        return str(settings.MLFLOW_EXPERIMENT_ID.get())
+    found = client.get_experiment_by_name(name or "plumbline")
+    if found is None:
+        return client.create_experiment(name or "plumbline")
+    if found.lifecycle_stage == "deleted":
+        raise ValueError(f"the experiment {name!r} is deleted: restore it, or give another mlflow_experiment_name")
+    return found.experiment_id
+
+
 def start_wandb(
-    folder: Path, project: str, run_name: str, config: Mapping[str, Any], known_runs: dict[str, str]
+    folder: Path, project: str | None, run_name: str | None, config: Mapping[str, Any], known_runs: dict[str, str]
 ) -> GeneralTracker:
-    """Start or continue the W&B run; its files are in `wandb_logs`, its mode is the user's WANDB_MODE."""
+    """Start or continue the W&B run; its files are in `wandb_logs`, its mode is the user's WANDB_MODE.
+
+    What is given wins over WANDB_PROJECT, WANDB_NAME and WANDB_RUN_ID.
+    """
+    import wandb
     from accelerate.tracking import WandBTracker
 
     logs = folder / "wandb_logs"
     logs.mkdir(exist_ok=True)
-    known_runs.setdefault("wandb", uuid.uuid4().hex)
+    theirs = wandb.setup().settings  # with the environment's values
+    known_runs.setdefault("wandb", (not (project or run_name) and theirs.run_id) or uuid.uuid4().hex)
+    project, run_name = project or theirs.project or "plumbline", run_name or theirs.run_name or folder.resolve().name
     tracker = WandBTracker(project, name=run_name, id=known_runs["wandb"], resume="allow", dir=str(logs))
     tracker.start()
     tracker.store_init_configuration(dict(config))
@@ -395,9 +438,21 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def without_passwords(value: Any) -> Any:
+    """A text, list or mapping without user and password in its addresses: `http://user:password@host` -> `http://host`.
+
+    For everything that is written or sent on.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_passwords(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_passwords(inner) for inner in value]
+    return re.sub(r"(?<=://)[^/\s:@]*:[^/\s]*@", "", value) if isinstance(value, str) else value
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for messages of one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return without_passwords(str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def print_completions(rows: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -416,11 +471,16 @@ def print_completions(rows: Sequence[Mapping[str, Any]], step: int) -> None:
     Console().print(table)
 
 
+def printable(text: str) -> str:
+    """The text with its control characters, which could steer a terminal, written as `\\x1b`."""
+    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
 def cell(value: Any) -> str:
     """A value as a table shows it: floats to 4 digits, texts with their middle cut out when long."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
+    text = printable(str(value))
     if len(text) <= CELL_LENGTH:
         return text
     half = CELL_LENGTH // 2

@@ -1,5 +1,6 @@
 """Endpoints: the three requests, both containers' variables, the client, and vLLM behind a loopback runtime."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,7 @@ from launch.sagemaker.deploy import (
     Options,
     Weights,
     build_requests,
+    create,
     delete,
     deploy,
     find_weights,
@@ -60,6 +63,14 @@ def aws(monkeypatch):
     monkeypatch.setattr(models.FakeEndpointConfig, "validate_instance_type", lambda self, instance_type: None)
     with pretended_aws() as session:
         yield session
+
+
+def refuse(session, operation, code, message):
+    """From now on AWS answers this operation so, to every client of the session."""
+    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+    session.events.register(
+        f"before-call.sagemaker.{operation}", lambda **_: (SimpleNamespace(status_code=400, headers={}), answer)
+    )
 
 
 # The requests
@@ -269,6 +280,56 @@ def test_an_adapter_lies_where_the_container_looks(aws, container, inside):
     keys = {item["Key"].removeprefix(prefix) for item in s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]}
     beside = {"serve_adapter.py"} if container == "vllm" else set()
     assert keys == {f"{inside}adapter_config.json", f"{inside}adapter_model.safetensors"} | beside
+
+
+@MOTO
+@pytest.mark.parametrize("refused", ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"])
+def test_an_endpoint_that_aws_refuses_leaves_nothing_behind(aws, refused):
+    refuse(aws, refused, "ResourceLimitExceeded", "the limit is 0")
+    with pytest.raises(ValueError, match="AWS refused the endpoint sums .*the limit is 0.*nothing of it stays"):
+        deploy(HOUSE / "data/quickstart/model", options=Options(name="sums"), role=ROLE, session=aws, wait=False)
+    client = aws.client("sagemaker")
+    assert client.list_models()["Models"] == client.list_endpoint_configs()["EndpointConfigs"] == []
+
+
+@MOTO
+def test_a_model_that_was_there_before_is_not_taken_back(aws):
+    """CreateModel itself is refused: the model of that name is somebody else's."""
+    requests = deploy("s3://bucket/model", options=Options(name="sums"), role=ROLE, region="us-east-1", dry_run=True)[1]
+    aws.client("sagemaker").create_model(**requests["CreateModel"])
+    refuse(aws, "CreateModel", "ValidationException", "Cannot create already existing model")
+    with pytest.raises(ValueError, match="already existing model.*nothing of it stays"):
+        create(requests, aws.client("sagemaker"))
+    assert [model["ModelName"] for model in aws.client("sagemaker").list_models()["Models"]] == ["sums"]
+
+
+@MOTO
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_delete_removes_what_there_is(aws, parts):
+    requests = deploy("s3://bucket/model", options=Options(name="sums"), role=ROLE, region="us-east-1", dry_run=True)[1]
+    client = aws.client("sagemaker")
+    methods = (client.create_model, client.create_endpoint_config, client.create_endpoint)
+    for method, request in list(zip(methods, requests.values(), strict=True))[:parts]:
+        method(**request)
+    assert len(delete("sums", session=aws)) == parts
+    assert client.list_models()["Models"] == client.list_endpoint_configs()["EndpointConfigs"] == []
+    with pytest.raises(ValueError, match="endpoint sums: Could not find"):
+        delete("sums", session=aws)
+
+
+@BOTO
+@pytest.mark.parametrize("words", [["invoke", "nope", "hi"], ["deploy", "nope", "--delete"], ["follow", "nope"]])
+def test_what_aws_says_is_one_sentence(words, capsys, monkeypatch):
+    """Each command without a region, and then with one and without credentials."""
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    module = importlib.import_module(f"launch.sagemaker.{words[0]}")
+    for more, code, sentence in (([], 2, "no region"), (["--region", "us-east-1"], 1, "Unable to locate credentials")):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        assert stop.value.code == code
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"{words[0]}: ") and sentence in said
 
 
 @MOTO

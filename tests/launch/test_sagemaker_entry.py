@@ -205,6 +205,16 @@ def test_checkpoints_go_where_sagemaker_saves_them_and_a_restart_resumes(tmp_pat
         assert config_of(places, "--output_dir", inside).run.output_dir == inside
 
 
+def test_a_run_has_the_jobs_name_unless_it_is_given_one(tmp_path, monkeypatch):
+    """The run's folder, whose name is the loops' default, has the same name in every job."""
+    monkeypatch.setenv("TRAINING_JOB_NAME", "sums-20261128")
+    places, named = write_job(tmp_path), tmp_path / "named.yaml"
+    assert config_of(places, "--config", "configs/grpo.yaml").run.run_name == "sums-20261128"
+    named.write_text("run:\n  run_name: mine\n")
+    assert config_of(places, "--config", str(named)).run.run_name == "mine"
+    assert config_of(places, run_name="theirs").run.run_name == "theirs"
+
+
 def test_every_channel_becomes_its_key(tmp_path):
     places = write_job(tmp_path, training=["cars.json"], validation=["a.jsonl", "b.jsonl"], models=["config.json"])
     config = config_of(places, "--config", "configs/grpo.yaml")

@@ -1,5 +1,6 @@
 """Following a job: each line once, in time, from every host; and how it ended."""
 
+import importlib.util
 import io
 
 import pytest
@@ -94,3 +95,37 @@ def test_the_summary_has_metrics_what_is_paid_and_where_the_model_is():
         "billed: 30 s on each of 2 machine(s), 70% saved by spot",
         "model: s3://mine/output/job-1/output/model/",
     ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("botocore") is None, reason="needs boto3: pip install -e '.[sagemaker]'")
+def test_a_busy_aws_or_a_lost_network_does_not_end_it():
+    """Every call fails once: throttled, or not connected. What else AWS says ends it."""
+    from botocore.exceptions import ClientError, EndpointConnectionError
+
+    class Busy(Aws):
+        failures = [
+            ClientError({"Error": {"Code": "ThrottlingException", "Message": "Rate exceeded"}}, "DescribeTrainingJob"),
+            EndpointConnectionError(endpoint_url="https://logs"),
+        ] * 2
+
+        def describe_training_job(self, TrainingJobName):
+            if len(self.failures) % 2 == 0 and self.failures:
+                raise self.failures.pop(0)
+            return super().describe_training_job(TrainingJobName)
+
+        def paginate(self, **request):
+            if self.failures:
+                raise self.failures.pop(0)
+            return super().paginate(**request)
+
+    out = io.StringIO()
+    job = follow("job-1", session=Busy([STATES[0], DONE], [[], [(1, 1, "hello")]]), poll_seconds=0, out=out)
+    assert job["TrainingJobStatus"] == "Completed"
+    said = out.getvalue().splitlines()
+    assert [line for line in said if "asking again" not in line] == [
+        "-- Pending", "-- Completed", "hello", "-- job-1: Completed"
+    ]  # fmt: skip
+    assert sum("asking again" in line for line in said) == 2  # once for calls that fail in a row
+    Busy.failures = [ClientError({"Error": {"Code": "AccessDeniedException", "Message": "no"}}, "Describe")] * 2
+    with pytest.raises(ClientError, match="no"):
+        follow("job-1", session=Busy([DONE], [None]), poll_seconds=0, out=out)

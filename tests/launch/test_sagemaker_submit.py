@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from launch.sagemaker.entry import SECRETS
 from launch.sagemaker.instances import gpus_of
 from launch.sagemaker.places import split_words
 from launch.sagemaker.settings import DAY, Compute, Settings, as_channels, as_compute
-from launch.sagemaker.submit import build_parser, main, read_config, submit
+from launch.sagemaker.submit import build_parser, main, pairs_of, read_config, submit
 from launch.sagemaker.torchrun import job_config, sharding_environment
 from launch.sagemaker.trainer import fingerprint, metric_pattern
 from loops.shared.sharding import Sharding, read_launcher_sharding
@@ -179,6 +180,61 @@ def test_rows_and_functions_that_only_this_machine_has_are_refused(tmp_path, mon
     source.check_sources({"reward_functions": "length,my_rewards:score"}, {}, ["my_rewards.py"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("dataset_name", "rows/typo.jsonl", "no file or folder here and can be no hub id"),
+        ("eval_dataset_name", "held.csv", "no file or folder here and can be no hub id"),
+        ("model_id", "runs/no/such", "no file or folder here and can be no hub id"),
+        ("tokenizer_id", "/models/tokenizer", "no file or folder here and can be no hub id"),
+        ("tokenizer_id", "mine", "add --include mine"),
+        ("model_id", "mine", "give it as a channel, models=mine"),
+        ("resume_from", "mine", "a job goes on from the checkpoints of its run_name"),
+        ("dataset_name", str(HOUSE / "data/quickstart/train.jsonl"), "write data/quickstart/train.jsonl"),
+    ],
+)
+def test_a_path_that_the_job_does_not_have_is_refused(key, value, sentence, tmp_path, monkeypatch):
+    """Whichever key names it, in a file as on the command line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match=f"{key} is .*{re.escape(sentence)}"):
+        source.check_sources({key: value}, {}, [])
+
+
+def test_hub_ids_shipped_paths_and_the_jobs_folders_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/tokenizer.json").touch()
+    source.check_sources({"model_id": "Qwen/Qwen3-0.6B", "dataset_name": "data/quickstart/train.jsonl"}, {}, [])
+    source.check_sources({"tokenizer_id": "mine", "resume_from": "latest"}, {}, ["mine"])
+    source.check_sources({"resume_from": "/opt/ml/checkpoints/checkpoints/a", "model_id": "gpt2"}, {}, [])
+    source.check_sources({"eval_dataset_name": "held.jsonl"}, {"training": "s3://bucket/rows/"}, [])
+
+
+def test_an_absolute_path_of_what_travels_is_sent_as_the_jobs_own(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").write_text("{}\n")
+    given = {"train-dataset-path": str(HOUSE / "data/quickstart/train.jsonl"), "tokenizer_id": str(tmp_path / "rows")}
+    sent = source.with_places({**given, "learning_rate": 1}, [str(tmp_path / "rows")])
+    assert sent == {"train-dataset-path": "data/quickstart/train.jsonl", "tokenizer_id": "rows", "learning_rate": 1}
+    hidden = source.place_in_job(str(HOUSE / "data/.hidden"), [])
+    assert hidden is None and source.place_in_job(str(tmp_path / "rows"), []) is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"settings": Settings(mlflow="http://alice:PASSWORD@host")},
+        {"hyperparameters": {"mlflow_uri": "postgresql://alice:PASSWORD@host/db"}},
+        {"settings": Settings(environment={"JUDGE": "https://alice:PASSWORD@host"})},
+    ],
+)
+def test_a_password_in_an_address_is_refused_unsaid(given):
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as refused:
+        submit("configs/grpo.yaml", role=ROLE, region="us-east-1", dry_run=True, **given)
+    assert "PASSWORD@" not in str(refused.value)
+
+
 def test_without_the_sdk_one_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sagemaker", None)
     monkeypatch.setitem(sys.modules, "sagemaker.train", None)
@@ -188,6 +244,19 @@ def test_without_the_sdk_one_sentence_names_the_extra(monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "submit: the SageMaker SDK is not installed: pip install -e '.[sagemaker]'.\n"
+
+
+@pytest.mark.parametrize("option", ["--input_data", "--tags", "--environment", "--include", "--subnets", "--config"])
+def test_a_list_option_given_again_takes_more(option):
+    """As the loops' own `--config` does."""
+    words = ["--config", "base.yaml"] if option != "--config" else []
+    options, _ = build_parser().parse_known_args([*words, option, "a=1", "b=2", option, "c=3"])
+    assert vars(options)[option[2:]] == ["a=1", "b=2", "c=3"]
+
+
+def test_a_name_given_twice_is_refused():
+    with pytest.raises(ValueError, match="--tags gives team twice, a and b"):
+        pairs_of(["team=a", "team=b"], "tags")
 
 
 # What travels
@@ -466,6 +535,29 @@ def test_what_is_sent_is_what_the_dry_run_shows_and_its_code_arrives(tmp_path):
 
 
 @MOTO
+def test_a_job_that_aws_took_is_not_called_refused(capsys):
+    """The SDK asks for the state of the job that it has just made, and AWS is busy."""
+    from launch.sagemaker.local import pretended_aws
+
+    def busy(**_):
+        answer = {"Error": {"Code": "ThrottlingException", "Message": "Rate exceeded"}}
+        return SimpleNamespace(status_code=400, headers={}), {**answer, "ResponseMetadata": {"HTTPStatusCode": 400}}
+
+    with pretended_aws() as session:
+        session.events.register("before-call.sagemaker.DescribeTrainingJob", busy)
+        job = submit("configs/grpo.yaml", role=ROLE, region="us-east-1", session=session)
+        said = capsys.readouterr().err
+        assert "its state could not be read" in said and f"submitted as {job.name}" in said
+        second = submit("configs/sft.yaml", role=ROLE, region="us-east-1", session=session)  # the SDK's client is old
+        taken = session.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+    assert {found["TrainingJobName"] for found in taken} == {job.name, second.name}
+    with pretended_aws() as session:
+        session.events.register("before-call.sagemaker.CreateTrainingJob", busy)
+        with pytest.raises(ValueError, match="AWS refused: .*Rate exceeded"):
+            submit("configs/grpo.yaml", role=ROLE, region="us-east-1", session=session)
+
+
+@MOTO
 def test_torchrun_gets_one_whole_config_and_the_shardings_variables(tmp_path):
     from launch.sagemaker.local import capture
     from loops.grpo import Config
@@ -529,6 +621,11 @@ def test_the_dry_run_prints_json_alone_without_credentials_or_network(tmp_path):
     assert request["HyperParameters"] == {"learning_rate": "1e-4", "lora_r": "8"}
     assert request["ResourceConfig"]["InstanceCount"] == 2
     assert "dry-run" not in done.stdout  # the made-up credentials
+    command, line, _, *files = done.stderr.splitlines()
+    own = "exec $SM_PYTHON_CMD -m launch.sagemaker.entry -- loops/grpo.py --config configs/grpo.yaml"
+    assert command == f"the job executes: {own}"
+    assert "accelerate launch --num_machines 2" in line and "--learning_rate=1e-4 --lora_r=8" in line
+    assert {"  loops/grpo.py", "  configs/grpo.yaml", "  data/quickstart/train.jsonl"} <= set(files)
 
 
 # The page and the image

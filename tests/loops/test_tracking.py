@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,7 +23,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from loops.shared.tracking import SilentTracker, Tracker, start_tracking, tracker_names
+from loops.shared.tracking import (
+    SilentTracker,
+    Tracker,
+    print_completions,
+    start_tracking,
+    tracker_names,
+    without_passwords,
+)
 
 CONFIG = {"optim": {"learning_rate": 1e-5, "betas": [0.9, 0.99]}, "model": {"model_id": "m" * 7000, "revision": None}}
 
@@ -396,3 +404,80 @@ def test_mlflow_without_a_uri_writes_into_the_run_folder_and_a_file_store_is_tak
             assert (tmp_path / "run" / file).exists()
     finally:
         mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store of MLflow's in a file, and nobody's settings."""
+    mlflow = pytest.importorskip("mlflow")
+    for key in ("URI", "EXPERIMENT_NAME", "EXPERIMENT_ID", "RUN_ID"):
+        name = f"MLFLOW_{'TRACKING_' if key == 'URI' else ''}{key}"
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    yield f"sqlite:///{tmp_path}/store.db"
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.tracking
+def test_what_is_given_wins_over_the_environment_and_that_over_our_defaults(
+    accelerator: Accelerator, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's experiment and run; a run that MLFLOW_RUN_ID names keeps its name; a quote is a letter."""
+    import mlflow
+
+    client = mlflow.MlflowClient(store)
+
+    def run_of(folder: str, **given: object) -> tuple[str, str, str]:
+        start(accelerator, tmp_path / folder, mlflow_uri=store, **given).finish(ok=True)
+        run = client.get_run(json.loads((tmp_path / folder / "trackers.json").read_text())["mlflow"])
+        return client.get_experiment(run.info.experiment_id).name, run.info.run_name, run.info.run_id
+
+    assert run_of("a", project=None, run_name=None)[:2] == ("plumbline", "a")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    other = run_of("b", project=None, run_name=None)
+    assert other[:2] == ("theirs", "b")
+    assert run_of("c", project="it's mine", run_name="trial")[:2] == ("it's mine", "trial")
+    monkeypatch.setenv("MLFLOW_RUN_ID", other[2])
+    assert run_of("d", project=None, run_name=None) == other
+    mine = run_of("e", project="mine")
+    assert mine[0] == "mine" and mine[2] != other[2]
+    assert run_of("e", project="mine", resume_step=0) == mine
+
+
+@pytest.mark.tracking
+def test_a_deleted_run_is_replaced_and_a_deleted_experiment_is_named(
+    accelerator: Accelerator, tmp_path: Path, store: str
+) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(store)
+    start(accelerator, tmp_path / "run", mlflow_uri=store).finish(ok=True)
+    first = json.loads((tmp_path / "run" / "trackers.json").read_text())["mlflow"]
+    client.delete_run(first)
+    start(accelerator, tmp_path / "run", mlflow_uri=store, resume_step=0).finish(ok=True)
+    second = json.loads((tmp_path / "run" / "trackers.json").read_text())["mlflow"]
+    assert client.get_run(second).info.lifecycle_stage == "active" and second != first
+    client.delete_experiment(client.get_run(second).info.experiment_id)
+    with pytest.raises(ValueError, match="the experiment 'laws' is deleted: restore it, or give another"):
+        start(accelerator, tmp_path / "run", mlflow_uri=store, resume_step=0)
+
+
+@pytest.mark.tracking
+def test_a_password_in_an_address_is_sent_to_no_tracker(accelerator: Accelerator, tmp_path: Path, store: str) -> None:
+    import mlflow
+
+    config = {"run": {"mlflow_uri": "http://alice:hunter2@host:80/x", "urls": ["https://a:hunter2@b", "s3://c/d@e"]}}
+    start(accelerator, tmp_path / "run", mlflow_uri=store, config=config).finish(ok=True)
+    run_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["mlflow"]
+    params = mlflow.MlflowClient(store).get_run(run_id).data.params
+    assert params == {"run.mlflow_uri": "http://host:80/x", "run.urls": "['https://b', 's3://c/d@e']"}
+    assert without_passwords("cannot reach http://alice:hunter2@host") == "cannot reach http://host"
+
+
+def test_nothing_that_is_printed_can_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences of a row or completion are shown as text; line breaks and other alphabets stay."""
+    print_completions([{"prompt": "q \x1b[2J\x1b]0;title\x07", "completion": "\x9b31m \r caf\u00e9\n\u4f60"}], 1)
+    shown = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
+    assert r"\x1b[2J" in shown and r"\x9b31m" in shown and "caf\u00e9" in shown and "\u4f60" in shown

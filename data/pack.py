@@ -191,10 +191,11 @@ class _Builder:
         without prefix has no predictor and is none. Returns (numbers of the targets, places of their flags)."""
         start, _, prefix = self.segments[number]
         places = [t for t, wanted in enumerate(is_target) if wanted and (t + skip or prefix >= 0)]
-        known = len(self.targets)
-        for index in (start + skip + t for t in places):
-            self.targets.append(self.ids[index])
-            self.predictors.append(index - 1 if index > start else sum(self.segments[prefix][:2]) - 1)
+        known, first = len(self.targets), start + skip
+        self.targets.extend([self.ids[first + t] for t in places])
+        self.predictors.extend([first + t - 1 for t in places])
+        if places and first + places[0] == start:  # a segment's first token is predicted by its prefix's last one
+            self.predictors[known] = self.segments[prefix].start + self.segments[prefix].length - 1
         return list(range(known, len(self.targets))), places
 
     def row(self, segment: int, sources: Sequence[int], columns: Sequence[int], *, offset: int, width: int) -> None:

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import AutoTokenizer
 
-from data.chat import Pair
+from data.chat import EncodeConfig, Pair, encode_pair, encode_prompt
 from data.pack import BatchConfig, pack_pairs
 from loops import dpo
 from loops.shared.models import ModelConfig, build_reference
@@ -93,6 +94,18 @@ def test_loss_and_gradient_are_those_of_whole_completions(loss_type, packing, on
         table = dpo.reference_logps(reference, batch, accelerator, packing)
         again, _ = dpo.score_batch(policy, None, batch, table, config, accelerator, packing)
         assert float(again) == pytest.approx(loss.item(), abs=1e-12)
+
+
+def test_completions_that_differ_in_the_last_digit_are_whole():
+    """The same working twice: 29 scored tokens each, 26 of them computed once, after the prompt that sampling sees."""
+    tokenizer = AutoTokenizer.from_pretrained("data/quickstart/model")
+    working = "<think>4+1=5 7+9=16 6+1+1=8</think>\n<answer>86{}</answer>"
+    row = {"prompt": [{"role": "user", "content": "674 + 191 = ?"}]}
+    row |= {"chosen": working.format(5), "rejected": working.format(4)}
+    pair = encode_pair(row, tokenizer, EncodeConfig())
+    assert (len(pair.chosen_ids), len(pair.rejected_ids), pair.num_shared) == (29, 29, 26)
+    assert pair.prompt_ids == encode_prompt(row, tokenizer, EncodeConfig()).prompt_ids
+    assert pack_pairs([pair]).mask.sum(dim=1).tolist() == [29, 29]
 
 
 def test_what_both_completions_begin_with_is_computed_once():

@@ -1,18 +1,21 @@
 """Reward functions with one signature, and the code that runs several of them.
 
-A reward function takes keyword arguments and returns one value a completion:
+A reward function takes keyword arguments and returns one value per completion:
 
     def my_reward(*, prompts, completions, completion_ids, **columns) -> list[float | None]
 
 `prompts` and `completions` are texts, `completion_ids` token ids, and every column of the rows comes as a list under
-its own name; a function names those it wants. None means that the reward does not apply to that row.
+its own name; a function names those it wants. None means that the reward does not apply to that row. A call in training
+holds all completions of one prompt or more, which ones is up to the engine; it comes in the main thread.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
+import os
 import re
 import traceback
 import warnings
@@ -24,8 +27,10 @@ from typing import Any
 from data.load import import_function
 
 RewardFunction = Callable[..., list[float | None]]
+GIVEN = ("prompts", "completions", "completion_ids")  # what a reward gets besides the rows' columns
 
 DEFAULT_TARGET_LENGTH = 128  # tokens
+MISSING_STEPS = 10  # as many as skipped optimizer steps in `on_non_finite: skip`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class RewardConfig:
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} values for {count} reward_functions; give one each."
             )
+        if self.reward_weights and not (all(map(math.isfinite, self.reward_weights)) and any(self.reward_weights)):
+            raise ValueError(f"reward_weights is {self.reward_weights}; give finite numbers that are not all 0.")
 
     @property
     def names(self) -> list[str]:
@@ -87,18 +94,30 @@ class RewardResult:
             sums[f"reward/{name}/failed"] = float(count)
         return sums
 
-    def complain(self, *, fatal: bool) -> None:
-        """Show a failure (the same one once); with `fatal`, end the run where no row here has a reward."""
-        if fatal:
-            self.raise_if_all_missing()
-        if self.failure:
-            warnings.warn(f"a reward failed; its rows count as missing:\n{self.failure}", stacklevel=1)
-
-    def raise_if_all_missing(self) -> None:
+    def raise_if_all_missing(self, steps: int = 1) -> None:
         """End the run where no row has a reward: the first failure's traceback, in a RuntimeError."""
         if all(math.isnan(value) for value in self.total):
             reason = self.failure or f"no reward function applies to any row ({', '.join(self.by_name)} returned None)"
-            raise RuntimeError(f"all {len(self.total)} rewards are missing; the first failure was:\n{reason}")
+            since = f" in each of the last {steps} steps" if steps > 1 else ""
+            raise RuntimeError(f"all {len(self.total)} rewards are missing{since}; the first failure was:\n{reason}")
+
+
+class RewardGuard:
+    """Shows what failed (the same failure once), and ends a run whose rewards are all missing: in its first step, or in
+    `MISSING_STEPS` steps in a row."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._rewarded = False
+
+    def seen(self, result: RewardResult, *, any_reward: bool) -> None:
+        """After each step. any_reward: whether a completion of any process has one."""
+        self._steps = 0 if any_reward else self._steps + 1
+        self._rewarded |= any_reward
+        if self._steps == MISSING_STEPS or (self._steps and not self._rewarded):
+            result.raise_if_all_missing(self._steps)
+        if result.failure:
+            warnings.warn(f"a reward failed; its rows count as missing:\n{result.failure}", stacklevel=1)
 
 
 def join_results(results: Sequence[RewardResult]) -> RewardResult:
@@ -128,24 +147,31 @@ def reward_statistics(sums: dict[str, float]) -> dict[str, float]:
     return statistics
 
 
-def build_rewards(config: RewardConfig) -> tuple[dict[str, RewardFunction], list[float]]:
+def build_rewards(
+    config: RewardConfig, rows: Sequence[dict[str, Any]] = (), *, key: str = "reward_functions"
+) -> tuple[dict[str, RewardFunction], list[float]]:
     """The functions by the name they are logged under, and their weights, both in the config's order.
 
+    rows: those that will be judged; without any, no columns are looked for. key: the setting that names the functions.
+
     Raises:
-        ValueError: an unknown name, a `module:function` that cannot be imported, or a missing package.
+        ValueError: an unknown name, a `module:function` that cannot be imported, a missing package, an async function,
+            or an argument that is no column of the rows.
     """
     functions: dict[str, RewardFunction] = {}
     for name in config.names:
         if ":" in name:
-            function = import_function(name, key="reward_functions")
+            function = import_function(name, key=key)
             short = name.partition(":")[2]
             functions[name if short in functions or short in BUILT_IN else short] = function
             continue
         if name not in BUILT_IN:
-            raise ValueError(f"reward_functions names {name}; known are {', '.join(BUILT_IN)} and module:function.")
+            raise ValueError(f"{key} names {name}; known are {', '.join(BUILT_IN)} and module:function.")
         if name == "rouge_l_precision" and importlib.util.find_spec("rouge_score") is None:
-            raise ValueError("reward_functions names rouge_l_precision, which needs `pip install rouge-score`.")
+            raise ValueError(f"{key} names rouge_l_precision, which needs `pip install rouge-score`.")
         functions[name] = BUILT_IN[name]
+    for name, function in functions.items():
+        _check_function(name, function, rows, key)
     return functions, list(config.reward_weights) or [1.0] * len(functions)
 
 
@@ -160,8 +186,9 @@ def compute_rewards(
 ) -> RewardResult:
     """Run every function over the whole batch; all four lists have one entry a completion.
 
-    A function that raises, or returns the wrong number of values, fails for all its rows; a value that is no finite
-    number fails for its row. Failures stop nothing: they are counted, and the first is kept.
+    A function that raises or exits, or returns the wrong number of values, fails for all its rows; a value that is no
+    finite number fails for its row. Failures stop nothing: they are counted, and the first is kept. Without completions
+    no function is called.
     """
     size = len(completions)
     assert len(prompts) == len(completion_ids) == len(columns) == size, "one entry a completion"
@@ -170,6 +197,7 @@ def compute_rewards(
     available: dict[str, Any] = {name: [row.get(name) for row in columns] for name in names}
     available.update(prompts=prompts, completions=completions, completion_ids=completion_ids)
 
+    process = os.getpid()
     total = [math.nan] * size
     broken = [False] * size
     by_name: dict[str, list[float | None]] = {}
@@ -179,17 +207,21 @@ def compute_rewards(
         values: list[float | None] = [None] * size
         failed_rows = list(range(size))
         try:
-            returned = list(function(**_accepted(name, function, available)))
+            returned = list(function(**_accepted(name, function, available))) if size else []
             if len(returned) != size:
                 raise ValueError(f"reward {name} returned {len(returned)} values for {size} completions")
-        except Exception:  # a user's code may raise anything; it is counted, reported and never a reward
+        except BaseException as error:  # a user's code may raise anything, SystemExit too; it is never a reward
+            if isinstance(error, KeyboardInterrupt) or os.getpid() != process:  # a child that it forked is to end
+                raise
             failure = failure or traceback.format_exc()
+            if isinstance(error, TypeError) and "indices must be" in str(error):
+                failure += "(prompts and completions are texts here, not lists of messages)\n"
         else:
             failed_rows = []
             for row, value in enumerate(returned):
                 try:
                     values[row] = _as_reward(value)
-                except (TypeError, ValueError) as error:
+                except Exception as error:  # float() runs what the value's class says
                     failed_rows.append(row)
                     failure = failure or f"reward {name} returned {value!r:.80} for completion {row} of {size}: {error}"
         for row in failed_rows:
@@ -217,24 +249,47 @@ def judge_completions(
 
 
 def build_judge(
-    reward: str | tuple[dict[str, RewardFunction], list[float]],
-) -> Callable[[Sequence[Any], Sequence[Any]], list[float]]:
-    """A function (prompts, completions) -> total rewards, NaN where missing; `reward` is a name or built rewards."""
-    rewards = build_rewards(RewardConfig(reward_functions=reward)) if isinstance(reward, str) else reward
-    return lambda prompts, completions: judge_completions(rewards, prompts, completions).total
+    reward: str | tuple[dict[str, RewardFunction], list[float]], rows: Sequence[dict[str, Any]] = ()
+) -> Callable[[Sequence[Any], Sequence[Any]], RewardResult]:
+    """A function (prompts, completions) -> `RewardResult`; `reward` is the name in eval_reward, or built rewards.
+
+    rows: those that will be judged. Raises ValueError as `build_rewards` does.
+    """
+    if isinstance(reward, str):
+        reward = build_rewards(RewardConfig(reward_functions=reward), rows, key="eval_reward")
+    return functools.partial(judge_completions, reward)
+
+
+def _check_function(name: str, function: RewardFunction, rows: Sequence[dict[str, Any]], key: str) -> None:
+    """Raise ValueError for what can be known before anything is sampled: the signature, against the rows' columns."""
+    for one in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one):
+            raise ValueError(f"{key} names {name}, which is async: call asyncio.run inside a plain function instead.")
+    for parameter in _needed(function):
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise ValueError(f"{key} names {name}, which takes {parameter.name} by position: take it by its name.")
+        if parameter.name not in GIVEN and rows and not any(parameter.name in row for row in rows):
+            columns = ", ".join(dict.fromkeys(column for row in rows for column in row))
+            way_out = "name it in field_mapping" + (", or set eval_reward: null" if key == "eval_reward" else "")
+            if parameter.name in ("trainer_state", "log_metric", "log_extra"):
+                way_out = "rewards get nothing of the trainer, so drop the argument or give it a default"
+            raise ValueError(f"{key}: {name} needs the column {parameter.name} and the rows have {columns}; {way_out}.")
+
+
+def _needed(function: RewardFunction) -> list[inspect.Parameter]:
+    """The parameters that a function cannot be called without."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(function).parameters.values()
+    return [one for one in parameters if one.default is inspect.Parameter.empty and one.kind not in variable]
 
 
 def _accepted(name: str, function: RewardFunction, available: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a function takes: all of them where it has `**kwargs`."""
+    for parameter in _needed(function):
+        if parameter.name not in available:
+            columns = ", ".join(column for column in available if column not in GIVEN)
+            raise ValueError(f"reward {name} needs the column {parameter.name} and the rows have {columns}")
     parameters = inspect.signature(function).parameters.values()
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    for parameter in parameters:
-        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in variable
-        if needed and parameter.name not in available:
-            raise ValueError(
-                f"reward {name} needs the column {parameter.name} and the rows have {', '.join(available)};"
-                " name it in field_mapping"
-            )
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return available
     return {parameter.name: available[parameter.name] for parameter in parameters if parameter.name in available}

@@ -222,7 +222,7 @@ def main(config: Config) -> None:
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     pairs, report = encode_rows(rows, encode_pair, tokenizer, config.encode, what="training rows")
     eval_pairs, _ = encode_rows(eval_rows or [], encode_pair, tokenizer, config.encode, what="evaluation rows")
-    judges = {"accuracy": build_judge(config.eval_reward)} if config.eval_reward and eval_rows else {}
+    judges = {"accuracy": build_judge(config.eval_reward, eval_rows)} if config.eval_reward and eval_rows else {}
     eval_prompts, _ = encode_rows(
         eval_rows if judges else [], encode_prompt, tokenizer, config.encode, what="evaluation prompts"
     )

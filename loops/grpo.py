@@ -32,7 +32,15 @@ from data.pack import (
     share_of_rank,
     steps_per_epoch,
 )
-from data.rewards import RewardConfig, build_judge, build_rewards, join_results, judge_completions, reward_statistics
+from data.rewards import (
+    RewardConfig,
+    RewardGuard,
+    build_judge,
+    build_rewards,
+    join_results,
+    judge_completions,
+    reward_statistics,
+)
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
 from loops.shared.policy import check_context, choose_packing, score
@@ -71,15 +79,16 @@ class Config:
     beta: float = 0.0
     """Weight of the KL to the reference model; 0 builds no reference."""
     kl_estimator: str = "k3"
-    """k1, k2 or k3 (http://joschu.net/blog/kl-approx.html)."""
+    """k2 or k3 (http://joschu.net/blog/kl-approx.html); k1 has no gradient as a loss, so it needs beta 0."""
     delta: float | None = None
     """Cap of the ratio where the advantage is negative (two-sided clip), above 1 + epsilon_high."""
     importance_sampling_cap: float = 2.0
     """Tokens of another engine, or of older weights, count min(policy / sampler, this) times; 0: all alike."""
-    scale_rewards: str = "group"
-    """Advantages are divided by the standard deviation of their group, of the whole batch, or by none."""
+    scale_rewards: str | bool = "group"
+    """Advantages are divided by the standard deviation of their group, of the whole batch, or by none
+    (true and false are older spellings of group and none)."""
     num_iterations: int = 1
-    """Optimizer steps taken on one set of rollouts."""
+    """Updates taken on the rollouts of one step; max_steps, warmup_steps and all other steps count sets of rollouts."""
     mask_truncated_completions: bool = False
     """Leave completions that hit max_completion_length out of the loss (they still count in their group's mean)."""
     eval_reward: str | None = "exact_answer"
@@ -96,15 +105,29 @@ class Config:
             raise ValueError(
                 f"num_iterations above 1 with {restrictions[0]} would bias the importance ratios; drop one of them."
             )
+        for name, least in (("num_iterations", 1), ("prompts_per_step", 0), ("importance_sampling_cap", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}; give {least} or more.")
+        if self.kl_estimator == "k1" and self.beta:
+            raise ValueError(
+                f"kl_estimator is k1 and beta {self.beta}: as a loss k1 has no gradient on average, so nothing would "
+                "hold the policy back; use k3 or k2."
+            )
+        spellings = {"true": "group", "false": "none"}  # TRL's older ones
+        scale = str(self.scale_rewards).lower()
+        object.__setattr__(self, "scale_rewards", spellings.get(scale, scale))
         group_advantages(torch.zeros(2), 2, scale=self.scale_rewards)  # these refuse what they do not know
         zero = torch.zeros(1, 1)
         self.loss(zero, zero, torch.zeros(1), torch.ones(1, 1), ref_logprobs=zero, sampled=zero)
 
     def loss(self, logprobs, old_logprobs, advantages, mask, *, ref_logprobs, sampled):
-        """`losses.grpo.grpo_loss` with this config's settings; [B, T], [B, T], [B], [B, T], [B, T] or None, [B, T]."""
+        """`losses.grpo.grpo_loss` with this config's settings; [B, T], [B, T], [B], [B, T], [B, T] or None, [B, T].
+
+        sampled: the sampler's log-probabilities, None where the policy itself sampled.
+        """
         names = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "beta", "kl_estimator", "delta")
         settings = {name: getattr(self, name) for name in names}
-        if self.importance_sampling_cap and self.rollout.samples_elsewhere:
+        if self.importance_sampling_cap and sampled is not None:
             settings |= {"sampler_logprobs": sampled, "importance_sampling_cap": self.importance_sampling_cap}
         return grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, **settings)
 
@@ -118,13 +141,14 @@ def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
     """Sample and judge this process's share of a step; it exchanges nothing with other processes, so it may run while
     another step trains. groups: completions that were sampled before the run was resumed, or None."""
     rows_per_step = config.prompts(accelerator.num_processes)
+    judges = groups is not None or not config.rollout.async_level  # not in the thread: see `Ahead`
     rows = rows_of_step(step, num_rows=len(prompts), rows_per_step=rows_per_step, seed=config.run.seed)
     lengths = [len(prompts[row].prompt_ids) for row in rows]
     places = share_of_rank(lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes)
     return sample_and_judge(
         engine,
         [prompts[rows[place]] for place in places],
-        partial(judge_completions, rewards),
+        partial(judge_completions, rewards) if judges else None,
         n=config.rollout.num_generations,
         sampling=config.rollout.sampling(),
         seed=config.run.seed + 1_000_003 * step,
@@ -133,19 +157,19 @@ def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
     )
 
 
-def compare_rewards(share, config, run):
-    """(completions [B], advantages [B], sums) of this process, from the rewards of all processes."""
+def compare_rewards(share, config, accelerator, guard):
+    """(completions [B], their rewards, advantages [B], sums) of this process, from the rewards of all processes."""
     completions = [completion for group in share.groups for completion in group]  # B
     result = join_results(share.verdicts)
     totals = gather_object([result.total])  # one list a process
     everywhere = torch.tensor(sum(totals, []), dtype=torch.float64)
-    result.complain(fatal=bool(everywhere.isnan().all()) and "reward/mean" not in run.latest)  # none so far either
+    guard.seen(result, any_reward=not everywhere.isnan().all())
     advantages = group_advantages(everywhere, config.rollout.num_generations, scale=config.scale_rewards).float()
-    advantages = advantages.split([len(total) for total in totals])[run.accelerator.process_index]
+    advantages = advantages.split([len(total) for total in totals])[accelerator.process_index]
     sums = result.metrics() | rollout_sums(share, result.total)
     sums["tokens/loss"] = sum(len(c.token_ids) for c in completions if in_loss(c, config))
     sums["time/rollout"], sums["time/reward"] = share.seconds
-    return completions, advantages, sums
+    return completions, result, advantages, sums
 
 
 def in_loss(completion, config):
@@ -156,10 +180,12 @@ def in_loss(completion, config):
 def build_microbatches(prompts, completions, advantages, config, accelerator):
     """Packed micro-batches of (batch, advantages [B], sampler's log-probabilities [B, T]); as many on every process.
 
-    Completions without an advantage have no gradient; unless a KL term needs them, they are not computed at all.
+    Completions without an advantage have no gradient; unless a KL term needs them, they are not computed at all. Nor
+    are those that are left out of the loss.
     """
     asked = [prompt.prompt_ids for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
-    kept = [b for b in range(len(completions)) if advantages[b] != 0 or config.beta != 0]
+    has_gradient = [advantage != 0 or config.beta != 0 for advantage in advantages.tolist()]
+    kept = [b for b, completion in enumerate(completions) if has_gradient[b] and in_loss(completion, config)]
     cuts = cut_microbatches(
         [len(completions[b].token_ids) for b in kept],
         prompts=[asked[b] for b in kept],
@@ -173,7 +199,7 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
         batch = pack_completions(
             [asked[b] for b in rows],
             [c.token_ids for c in answers],
-            trained=[in_loss(c, config) for c in answers],
+            trained=[True] * len(answers),
             numbers=[prompts[b // config.rollout.num_generations].number for b in rows],
         ).to(accelerator.device)
         sampled = batch.lay_out([c.logprobs for c in answers])
@@ -181,8 +207,12 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
     return microbatches
 
 
-def train_step(policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard):
-    """`num_iterations` optimizer steps on a set of rollouts: (sums of metrics, log-probabilities [B, T] before)."""
+def train_step(
+    policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard, *,
+    off_policy=False,
+):  # fmt: skip
+    """`num_iterations` updates on one set of rollouts, all at the step's learning rate: (sums of metrics,
+    log-probabilities [B, T] before). off_policy: whether something else than the policy sampled (the engine says)."""
     sums, old, frozen, temperature = {}, {}, {}, config.rollout.temperature
     for iteration in range(config.num_iterations):
         for number, (batch, advantages, sampled) in enumerate(microbatches):
@@ -193,8 +223,9 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
             if iteration == 0:  # nothing was updated since sampling: this pass scores the policy that sampled
                 old[number] = scores.logprobs.detach()
             loss, terms = config.loss(
-                scores.logprobs, old[number], advantages, batch.mask, ref_logprobs=frozen.get(number), sampled=sampled
-            )
+                scores.logprobs, old[number], advantages, batch.mask, ref_logprobs=frozen.get(number),
+                sampled=sampled if off_policy else None,
+            )  # fmt: skip
             accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
             guard.seen(loss, batch.numbers)
             gap = (old[number] - sampled)[batch.mask]
@@ -209,17 +240,19 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
         sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
         if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
             optimizer.step()
-        scheduler.step()
         optimizer.zero_grad()
+    scheduler.step()  # once per step, whatever num_iterations is: warmup_steps and max_steps count the same
     return sums, old
 
 
 def step_metrics(total):
     """The step's metrics from its global sums: means over scored tokens (policy), groups or completions (rollout)."""
-    kept = ("loss/", "time/", "optim/", "tokens/", "policy/")
+    kept = ("loss/", "time/", "optim/", "tokens/")
+    if total["tokens/scored"]:  # else nothing is known of the policy: no value is better than a wrong 0
+        kept += ("policy/",)
     metrics = {name: value for name, value in total.items() if name.startswith(kept)} | reward_statistics(total)
-    per_token = [f"policy/{name}" for name in PER_TOKEN if f"policy/{name}" in total]
-    metrics |= {name: total[name] / max(total["tokens/scored"], 1) for name in per_token}
+    per_token = [f"policy/{name}" for name in PER_TOKEN if f"policy/{name}" in metrics]
+    metrics |= {name: total[name] / total["tokens/scored"] for name in per_token}
     metrics |= rollout_statistics(total)
     metrics["tokens/per_second"] = total["tokens/completions"] / total["time/step"]
     return metrics
@@ -229,12 +262,13 @@ def main(config: Config) -> None:
     """Build everything, train, export."""
     tokenizer = build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
+    rewards = build_rewards(config.reward, rows)
+    key = "reward_functions on the evaluation rows"
+    judges = {"reward": build_judge(build_rewards(config.reward, eval_rows or [], key=key))}
+    if config.eval_reward:
+        judges["accuracy"] = build_judge(config.eval_reward, eval_rows or [])
     prompts, report = encode_rows(rows, encode_prompt, tokenizer, config.encode, what="training prompts")
     eval_prompts, _ = encode_rows(eval_rows or [], encode_prompt, tokenizer, config.encode, what="evaluation prompts")
-    rewards = build_rewards(config.reward)
-    judges = {"reward": build_judge(rewards)}
-    if config.eval_reward:
-        judges["accuracy"] = build_judge(config.eval_reward)
 
     run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
@@ -252,7 +286,7 @@ def main(config: Config) -> None:
     epoch_steps = steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
-    scheduler = build_schedule(optimizer, config.optim, total_steps * config.num_iterations)
+    scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = run.prepare(policy, optimizer, reference, engine)
     run.open(total_steps, rows=len(prompts), rows_per_step=rows_per_step)
@@ -266,41 +300,48 @@ def main(config: Config) -> None:
         sample_batch, prompts=prompts, engine=engine, rewards=rewards, config=config, accelerator=accelerator
     )
     ahead = Ahead(sample, engine, level=config.rollout.async_level, last=total_steps - 1, record=run.extra())
-    for step in range(start, total_steps):
-        began = time.perf_counter()
-        run.at(step, "the rollout")
-        share = ahead.take(step)
-        engine.rest()
-        run.at(step, "the rewards")
-        completions, advantages, sums = compare_rewards(share, config, run)
-        microbatches = build_microbatches(share.prompts, completions, advantages, config, accelerator)
-        counts = reduce_sums(accelerator, sums)
-        denominator = loss_denominator(
-            config.loss_type,
-            num_tokens=max(counts["tokens/loss"], 1),
-            num_sequences=counts["rollout/completions"],
-            max_completion_length=config.rollout.max_completion_length,
-        )
-        run.at(step, "the update")
-        updating = time.perf_counter()
-        sums, old = train_step(
-            policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, run.guard
-        )
-        sums["time/update"] = time.perf_counter() - updating
-        sums["time/sync"] = engine.sync(policy).seconds
-        sums["time/step"] = time.perf_counter() - began
-        metrics = step_metrics(counts | run.reduce(sums))
-        if config.rollout.check_due(step, first=step == start):
-            check_sampler(microbatches, old, policy, accelerator, config.rollout.max_mismatch)
+    reward_guard = RewardGuard()
+    try:
+        for step in range(start, total_steps):
+            began = time.perf_counter()
+            run.at(step, "the rollout")
+            share = ahead.take(step)
+            engine.rest()
+            run.at(step, "the rewards")
+            completions, result, advantages, sums = compare_rewards(share, config, accelerator, reward_guard)
+            microbatches = build_microbatches(share.prompts, completions, advantages, config, accelerator)
+            counts = reduce_sums(accelerator, sums)
+            denominator = loss_denominator(
+                config.loss_type,
+                num_tokens=counts["tokens/loss"],
+                num_sequences=counts["rollout/completions"],
+                max_completion_length=config.rollout.max_completion_length,
+            )
+            run.at(step, "the update")
+            updating = time.perf_counter()
+            sums, old = train_step(
+                policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator,
+                packing, run.guard, off_policy=engine.off_policy or config.rollout.async_level > 0,
+            )  # fmt: skip
+            sums["time/update"] = time.perf_counter() - updating
+            sums["time/sync"] = engine.sync(policy).seconds
+            sums["time/step"] = time.perf_counter() - began
+            metrics = step_metrics(counts | run.reduce(sums))
 
-        done, last = step + 1, step + 1 == total_steps
-        if eval_prompts and run.due(done, config.run.eval_steps, last):
-            metrics |= reward_evaluation(engine, eval_prompts, judges, **settings)
-        run.log(metrics, done)
-        run.show_completions(share.prompts, completions, advantages, done, last)
-        if run.saves(done, last):
-            run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=ahead.record())
-    ahead.close()
+            done, last = step + 1, step + 1 == total_steps
+            if eval_prompts and run.due(done, config.run.eval_steps, last):
+                metrics |= reward_evaluation(engine, eval_prompts, judges, **settings)
+            run.log(metrics, done)
+            run.show_completions(share.prompts, completions, result, advantages.tolist(), done, last)
+            if config.rollout.check_due(step, first=step == start):  # after its numbers are logged
+                check_sampler(microbatches, old, policy, accelerator, config.rollout.max_mismatch)
+            if run.saves(done, last):
+                run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=ahead.record())
+    except BaseException:
+        engine.close()  # ends the rollout under way, which would be waited for
+        raise
+    finally:
+        ahead.close()
     run.finish(policy, tokenizer, merge=config.model.exports_merged)
 
 

@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     examples, report = encode_rows(rows, encode_example, tokenizer, config.encode, what="training rows")
     eval_examples, _ = encode_rows(eval_rows or [], encode_example, tokenizer, config.encode, what="evaluation rows")
-    judges = {"accuracy": build_judge(config.eval_reward)} if config.eval_reward and eval_rows else {}
+    judges = {"accuracy": build_judge(config.eval_reward, eval_rows)} if config.eval_reward and eval_rows else {}
     eval_prompts, _ = encode_rows(
         eval_rows if judges else [], encode_prompt, tokenizer, config.encode, what="evaluation prompts"
     )

@@ -39,7 +39,8 @@ def group_advantages(rewards: Tensor, num_generations: int, *, scale: str = "gro
         ValueError: unknown scale, or B not a multiple of num_generations.
     """
     if scale not in SCALES:
-        raise ValueError(f"scale {scale!r} does not name a divisor of advantages; use one of {', '.join(SCALES)}")
+        known = ", ".join(SCALES)
+        raise ValueError(f"scale_rewards {scale!r} does not name a divisor of advantages; use one of {known}")
     if rewards.dim() != 1 or num_generations < 1 or rewards.numel() % num_generations:
         raise ValueError(
             f"rewards of shape {tuple(rewards.shape)} cannot be cut into groups of num_generations={num_generations}"
@@ -150,10 +151,10 @@ def grpo_loss(
         0 where there is no token.
 
     Raises:
-        ValueError: an unknown name, a beta without ref_logprobs, a delta inside the clip range, or shapes that differ.
+        ValueError: an unknown name, a number outside its range, a beta without ref_logprobs, or shapes that differ.
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    _check_options(loss_type, importance_sampling_level, kl_estimator, epsilon_high, delta)
+    _check_options(loss_type, importance_sampling_level, kl_estimator, epsilon, epsilon_high, beta, delta)
     if beta != 0 and ref_logprobs is None:
         raise ValueError(f"beta {beta} needs ref_logprobs: pass them, or set beta to 0")
     if advantages.shape != mask.shape[:1]:
@@ -246,7 +247,13 @@ def _ratio_metrics(
 
 
 def _check_options(
-    loss_type: str, importance_sampling_level: str, kl_estimator: str, epsilon_high: float, delta: float | None
+    loss_type: str,
+    importance_sampling_level: str,
+    kl_estimator: str,
+    epsilon: float,
+    epsilon_high: float,
+    beta: float,
+    delta: float | None,
 ) -> None:
     for name, value, known in (
         ("loss_type", loss_type, LOSS_TYPES),
@@ -255,5 +262,10 @@ def _check_options(
     ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon is {epsilon}; give a number from 0 to 1")
+    for name, number in (("epsilon_high", epsilon_high), ("beta", beta)):
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{name} is {number}; give a finite number of 0 or more")
     if delta is not None and not delta > 1 + epsilon_high:
         raise ValueError(f"delta {delta} must be above 1 + epsilon_high = {1 + epsilon_high}, or None")

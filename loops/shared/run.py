@@ -207,7 +207,7 @@ class Run:
         self.logged = metrics
         self.tracker.log(metrics, step)
         self.tracker.progress(step, metrics)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/"))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if _is_shown(name, value, metrics))
         if shown:
             self.say(f"step {step}: {shown}")
         for name, value in metrics.items():
@@ -299,12 +299,20 @@ class Run:
         self.say(f"resuming from {self.checkpoint}")
         return step
 
-    def show_completions(self, prompts, completions, advantages, step: int, last: bool) -> None:
-        """A few completions of the first group, in the run folder and as a table, when that is due."""
+    def show_completions(self, prompts, completions, rewards, advantages: list, step: int, last: bool) -> None:
+        """A few completions of the first prompt with their rewards (`data.rewards.RewardResult`), in the run folder and
+        as a table, when that is due."""
         every = self.config.log_completions_steps
-        if every and self.due(step, every, last):
-            shown = zip([prompt.text for prompt in prompts[:1]] * 4, completions, advantages.tolist(), strict=False)
-            self.tracker.completions([{"prompt": p, "completion": c.text, "advantage": a} for p, c, a in shown], step)
+        if not (prompts and every and self.due(step, every, last)):
+            return
+        rows = []
+        for i, completion in enumerate(completions[:4]):
+            parts = {f"reward/{name}": values[i] for name, values in rewards.by_name.items()}
+            total = None if math.isnan(rewards.total[i]) else rewards.total[i]
+            row = {"prompt": prompts[0].text, "completion": completion.text, "reward": total}
+            row |= (parts if len(parts) > 1 else {}) | {"advantage": advantages[i]}
+            rows.append(row | {"finish_reason": completion.finish_reason, "tokens": len(completion.token_ids)})
+        self.tracker.completions(rows, step)
 
     def extra(self) -> dict:
         """What this process saved besides the training state; nothing where there were other numbers of processes."""
@@ -396,7 +404,7 @@ class Run:
         if self.accelerator.is_main_process:
             rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
             for name in ("eval/loss", "eval/reward_accuracy", "eval/accuracy"):
-                values = [row[name] for row in rows if row.get(name) is not None]
+                values = [row[name] for row in rows if row.get(name) is not None and _is_shown(name, row[name], row)]
                 if values:
                     self.say(f"{name} {values[0]:.4g} before, {values[-1]:.4g} after")
         self.stop.remove()
@@ -528,6 +536,12 @@ def _check_launcher(
         raise ValueError("gradient_accumulation_steps is set in the launcher; give it to the loop instead.")
     assert is_sharded(accelerator) == (sharding is not None and processes > 1), accelerator.distributed_type
     assert accelerator.mixed_precision == precision
+
+
+def _is_shown(name: str, value: float, metrics: dict) -> bool:
+    """Whether an evaluation's number is for the terminal: no loss that is minus the reward, no count of nothing."""
+    negated = name == "eval/loss" and "eval/reward" in metrics
+    return name.startswith("eval/") and not negated and not (name == "eval/missing" and not value)
 
 
 def add_sums(into: dict, terms: dict) -> None:

@@ -35,6 +35,7 @@ HEADLINE = (  # shown by the progress bar where the loop has them
     "loss/dpo",
     "loss/policy",
     "reward/mean",
+    "reward/missing",
     "reward/accuracy",
     "eval/loss",
     "eval/accuracy",
@@ -103,12 +104,15 @@ class Tracker:
             self._bar.refresh()
 
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show how far the run is: a bar on a terminal, else a line every `logging_steps` steps."""
-        shown = {name: f"{number_of(metrics[name]):.4g}" for name in self.headline if name in metrics}
+        """Show how far the run is: a bar on a terminal, else a line every `logging_steps` steps. `Run.log` says
+        evaluations in lines of their own; missing rewards are shown where there are any."""
+        numbers = {name: number_of(metrics[name]) for name in self.headline if name in metrics}
+        numbers = {name: value for name, value in numbers.items() if value or name != "reward/missing"}
+        shown = {name: f"{value:.4g}" for name, value in numbers.items() if not name.startswith("eval/")}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._is_due(step):
+        elif shown and self._is_due(step):
             of_total = f"/{self.total_steps}" if self.total_steps else ""
             print(" ".join([f"step {step}{of_total}", *(f"{k}={v}" for k, v in shown.items())]), file=sys.stderr)
 

@@ -1,15 +1,21 @@
 """Rollouts ahead of the step that trains: their order, how old their weights may be, what a checkpoint keeps."""
 
 import io
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 
 from data.chat import Prompt
+from data.rewards import join_results, judge_completions
 from loops.shared.rollout import Completion, Sampling
 from loops.shared.rollout.ahead import Ahead, Share, rollout_statistics, rollout_sums, sample_and_judge
+from losses.grpo import group_advantages
 
 
 def of_version(version, token=1):
@@ -169,10 +175,90 @@ def test_groups_are_judged_as_they_arrive_and_verdicts_stay_in_order():
     assert again.verdicts == [found.verdicts[0] + found.verdicts[1]]
 
 
+def alarmed(*, completions):
+    """A reward with a limit of time, as verifiers have: Python takes signal handlers in the main thread only."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return [1.0] * len(completions)
+
+
+class FromThreads(HandsOver):
+    """Hands its groups over from threads of its own."""
+
+    def sample(self, prompts, *, n, sampling, seed, prompt_numbers, arrived=None):
+        groups = [[of_version(0, place)] * n for place in range(len(prompts))]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(arrived, range(len(prompts)), groups))
+        return groups
+
+
+class AllAtOnce(HandsOver):
+    def sample(self, prompts, *, n, sampling, seed, prompt_numbers, arrived=None):
+        return [[of_version(0, place)] * n for place in range(len(prompts))]
+
+
+@pytest.mark.parametrize("engine", [HandsOver, FromThreads, AllAtOnce])
+@pytest.mark.parametrize("level", [0, 2])
+def test_rewards_run_in_the_main_thread_with_every_engine_at_every_level(engine, level):
+    """Also those of rollouts that a checkpoint kept."""
+    judged = threading.Event()
+    judged.set()
+    prompts = [Prompt([1], "a", {}), Prompt([2], "b", {})]
+    judge = partial(judge_completions, ({"alarmed": alarmed}, [1.0]))
+
+    def sample(step, groups):
+        return sample_and_judge(
+            engine(judged), prompts, judge if groups is not None or not level else None, n=2, sampling=Sampling(),
+            seed=step, prompt_numbers=[0, 1], groups=groups,
+        )  # fmt: skip
+
+    kept = {3: [[asdict(of_version(0, 7))] * 2] * 2}
+    ahead = Ahead(sample, Serving(), level=level, last=3, record={"serving": 0, "rollouts": kept})
+    for step in range(4):
+        result = join_results(ahead.take(step).verdicts)
+        assert result.total == [1.0] * 4 and result.failure is None
+    ahead.close()
+
+
+def test_a_process_without_prompts_calls_no_reward():
+    def of_the_longest(*, completions, answer):
+        return [len(text) / max(map(len, completions)) for text in completions]
+
+    judge = partial(judge_completions, ({"of_the_longest": of_the_longest}, [1.0]))
+    share = sample_and_judge(
+        AllAtOnce(None), [], judge, n=2, sampling=Sampling(), seed=0, prompt_numbers=[], groups=None
+    )
+    result = join_results(share.verdicts)
+    assert result.failure is None and result.total == [] and result.failed == {"of_the_longest": 0}
+    assert rollout_sums(share, result.total)["rollout/equal_groups"] == 0
+
+
+def test_a_checkpoint_keeps_every_recorded_rollout_until_it_is_taken():
+    """Two rollouts were recorded; while the thread is busy with a third, a new checkpoint still has the second."""
+    busy = threading.Event()
+
+    def sample(step, groups):
+        if groups is None:
+            busy.wait(20)
+            return share(step, 0)
+        return Share([], groups, ["judged"], (0.0, 0.0))
+
+    kept = {step: [[asdict(of_version(0, step))]] for step in (0, 1)}
+    ahead = Ahead(sample, Serving(), level=2, last=9, record={"serving": 0, "rollouts": kept})
+    ahead.take(0)
+    assert list(ahead.record()["rollouts"]) == [1]
+    busy.set()
+    ahead.take(1)
+    ahead.close()
+
+
 def test_groups_of_equal_rewards_are_counted():
-    """Three groups of two: 1 1, 0 1, nan nan (a missing reward equals nothing)."""
+    """Groups of two: 1 1, 0 1, nan nan, 1 nan. All but the second have no gradient, by the advantages that the loss
+    takes (a missing reward is left out of its group)."""
     nan = float("nan")
-    rollout = Share([], [[of_version(0)] * 2] * 3, [], (0.0, 0.0), lag=3)
-    sums = rollout_sums(rollout, [1.0, 1.0, 0.0, 1.0, nan, float("nan")])
-    assert sums["rollout/equal_groups"] == 1 and sums["rollout/completions"] == 6 and sums["rollout/groups"] == 3
-    assert rollout_statistics(sums | {"rollout/lag": 3.0})["rollout/lag"] == 0.5
+    rewards = [1.0, 1.0, 0.0, 1.0, nan, float("nan"), 1.0, nan]
+    rollout = Share([], [[of_version(0)] * 2] * 4, [], (0.0, 0.0), lag=4)
+    sums = rollout_sums(rollout, rewards)
+    assert sums["rollout/equal_groups"] == 3 and sums["rollout/completions"] == 8 and sums["rollout/groups"] == 4
+    assert int((group_advantages(torch.tensor(rewards), 2).view(4, 2) == 0).all(1).sum()) == 3
+    assert rollout_statistics(sums | {"rollout/lag": 4.0})["rollout/lag"] == 0.5

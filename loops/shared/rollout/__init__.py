@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Engine", "RolloutConfig", "Sampling", "SyncReport", "build_engine"]
 
 
+def resolve_engine(name: str) -> str:
+    """What `auto` means on this machine; any other name is returned as it is."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
+
+
 def build_engine(
     config: RolloutConfig,
     model: torch.nn.Module,
@@ -43,11 +52,7 @@ def build_engine(
     Raises:
         ValueError: vLLM is not installed or cannot serve the model as configured, or the engine cannot sample as asked.
     """
-    engine = config.engine
-    if engine == "auto":
-        import torch
-
-        engine = "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
+    engine = resolve_engine(config.engine)
     # Here, so that configs can be read without loading transformers.
     if engine == "transformers":
         from loops.shared.rollout.transformers_engine import TransformersEngine

@@ -1,14 +1,18 @@
-"""Rollouts of coming steps, sampled while the present one trains, and judged as they arrive."""
+"""Rollouts of coming steps, sampled while the present one trains; rewards are computed in the main thread."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from loops.shared.rollout.contract import Completion, Engine, Sampling
+from losses.grpo import group_advantages
 
 Verdict = TypeVar("Verdict")
 
@@ -22,7 +26,7 @@ class Share(Generic[Verdict]):
     groups: list[list[Completion]]
     """One list of completions a prompt, in the order of the prompts."""
     verdicts: list[Verdict]
-    """Of the judge, in the same order; one where the engine handed all groups over at once."""
+    """Of the judge, in the same order; one where it saw all groups at once, none where it has not seen them yet."""
     seconds: tuple[float, float]
     """Of sampling, and of the judging that was left when sampling ended."""
     lag: int = 0
@@ -35,7 +39,8 @@ class Ahead(Generic[Verdict]):
     Level 0 samples a step when it is taken, in the caller's thread: weights are never older than the step. At level n
     one thread samples the steps up to n ahead, so a rollout is made of weights at most n updates old (some tokens of
     newer ones, where the engine takes updates in flight). The order of rollouts, and the seeds in them, are the same at
-    every level. What is sampled and not taken yet can be put into a checkpoint: `record`.
+    every level. Users' rewards run in the caller's thread at every level: the thread only samples, and `take` judges.
+    What is sampled and not taken yet can be put into a checkpoint: `record`.
     """
 
     def __init__(
@@ -48,8 +53,9 @@ class Ahead(Generic[Verdict]):
         record: Mapping[str, Any],
     ):
         """sample: makes the rollout of a step (from 0), without any exchange between processes; given groups that were
-        sampled before, it only judges them. engine: whose weight version tells how old they are. last: the last
-        step. record: `record()` of a checkpoint, whose weights the engine serves now, or empty."""
+        sampled before, it only judges them; without them it may leave that to a second call. engine: whose weight
+        version tells how old they are. last: the last step.
+        record: `record()` of a checkpoint, whose weights the engine serves now, or empty."""
         self._engine = engine
         self._sample, self._level, self._last = sample, level, last
         shift = engine.weight_version - record.get(
@@ -71,13 +77,17 @@ class Ahead(Generic[Verdict]):
         Raises what sampling it raised, and RuntimeError where a completion is not of the last `level + 1` weight
         versions.
         """
-        if self._thread is None:
-            share = self._make(step)
-        else:
+        if self._thread is not None:
             for coming in range(step, min(step + self._level, self._last) + 1):
-                if coming not in self._coming:
-                    self._coming[coming] = self._thread.submit(self._make, coming)
+                if coming not in self._coming and coming not in self._recorded:
+                    self._coming[coming] = self._thread.submit(self._sample, coming, None)
+        if step in self._coming:
             share = self._coming.pop(step).result()
+            if not share.verdicts:
+                judged = self._sample(step, share.groups)
+                share = replace(judged, seconds=(share.seconds[0], judged.seconds[1]))
+        else:
+            share = self._sample(step, self._recorded.pop(step, None))
         versions = {completion.weight_version for group in share.groups for completion in group}
         newest = self._engine.weight_version
         wrong = sorted(version for version in versions if not newest - self._level <= version <= newest)
@@ -87,9 +97,6 @@ class Ahead(Generic[Verdict]):
                 f"async_level is {self._level}: the engine did not take an update."
             )
         return replace(share, lag=sum(newest - one.weight_version for group in share.groups for one in group))
-
-    def _make(self, step: int) -> Share[Verdict]:
-        return self._sample(step, self._recorded.pop(step, None))
 
     def record(self) -> dict[str, Any]:
         """What is sampled and not taken, in types of a checkpoint; what is still under way is sampled again."""
@@ -119,7 +126,7 @@ class Ahead(Generic[Verdict]):
 def sample_and_judge(
     engine: Engine,
     prompts: list[Any],
-    judge: Callable[[list[Any], list[Completion]], Verdict],
+    judge: Callable[[list[Any], list[Completion]], Verdict] | None,
     *,
     n: int,
     sampling: Sampling,
@@ -129,44 +136,47 @@ def sample_and_judge(
 ) -> Share[Verdict]:
     """`n` completions of each prompt (an object with `prompt_ids`), and the verdicts on them.
 
-    judge: takes prompts and completions, one of each a row. An engine that hands groups over one by one has each judged
-    while the others are still sampled, one after the other in a thread of their own; one that returns all at once has
-    them judged in one call. groups: completions that are there already, and are only judged.
+    judge: takes prompts and completions, one of each a row, whole groups in each call; None leaves the verdicts out. It
+    runs in the caller's thread, whatever the engine: a group that is handed over there is judged while the others are
+    still sampled, all else in one call at the end. groups: completions that are there already, and are only judged.
     """
     began = time.perf_counter()
-    verdicts: dict[int, Future[Verdict]] = {}
+    verdicts: dict[int, Verdict] = {}
+    caller = threading.get_ident()
 
     def judge_places(places: list[int], found: list[list[Completion]]) -> Verdict:
         asked = [prompts[place] for place, group in zip(places, found, strict=True) for _ in group]
-        return judge(asked, [completion for group in found for completion in group])
+        return judge(asked, [completion for group in found for completion in group])  # type: ignore[misc]
 
-    with ThreadPoolExecutor(1, thread_name_prefix="judge") as thread:
+    def arrived(place: int, group: list[Completion]) -> None:
+        if judge and threading.get_ident() == caller:
+            verdicts[place] = judge_places([place], [group])
 
-        def arrived(place: int, group: list[Completion]) -> None:
-            verdicts[place] = thread.submit(judge_places, [place], [group])
-
-        if groups is None:
-            ids = [prompt.prompt_ids for prompt in prompts]
-            groups = engine.sample(
-                ids, n=n, sampling=sampling, seed=seed, prompt_numbers=prompt_numbers, arrived=arrived
-            )
-        sampled = time.perf_counter()
-        if verdicts:
-            found = [verdicts[place].result() for place in range(len(groups))]
-        else:
-            found = [judge_places(list(range(len(groups))), groups)]
+    if groups is None:
+        ids = [prompt.prompt_ids for prompt in prompts]
+        groups = engine.sample(ids, n=n, sampling=sampling, seed=seed, prompt_numbers=prompt_numbers, arrived=arrived)
+    sampled = time.perf_counter()
+    found = []
+    if judge and verdicts:
+        found = [verdicts[i] if i in verdicts else judge_places([i], [group]) for i, group in enumerate(groups)]
+    elif judge:
+        found = [judge_places(list(range(len(groups))), groups)]
     return Share(prompts, groups, found, (sampled - began, time.perf_counter() - sampled))
 
 
 def rollout_sums(share: Share, totals: list[float]) -> dict[str, float]:
-    """Counts of a process's rollouts, to be added over processes. totals: rewards, one a completion."""
+    """Counts of a process's rollouts, to be added over processes. totals: rewards, one per completion.
+
+    Equal groups are those whose advantages are all 0: fewer than two different rewards, missing ones left aside.
+    """
     completions = [completion for group in share.groups for completion in group]
     size = len(share.groups[0]) if share.groups else 1
+    advantages = group_advantages(torch.tensor(totals, dtype=torch.float64), size, scale="none")  # the loss's own rule
     return {
         "rollout/completions": len(completions),
         "rollout/lag": share.lag,
         "rollout/groups": len(share.groups),
-        "rollout/equal_groups": sum(len(set(totals[i : i + size])) == 1 for i in range(0, len(totals), size)),
+        "rollout/equal_groups": int((advantages.view(-1, size) == 0).all(dim=1).sum()),
         "rollout/truncated": sum(completion.finish_reason == "length" for completion in completions),
         "tokens/completions": sum(len(completion.token_ids) for completion in completions),
     }

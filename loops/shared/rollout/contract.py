@@ -1,8 +1,8 @@
 """What every rollout engine takes and returns.
 
 An engine turns prompts (token ids) into completions (token ids and their log-probabilities) under the policy's current
-weights. The loops know only this file; whether the tokens come from the policy's own module, from vLLM in the same
-process or from a server is the engine's business.
+weights. The loops know no engine by its name: whether the tokens come from the policy's own module, from vLLM in the
+same process or from a server is the engine's business, and what follows from it an attribute of the engine.
 """
 
 from __future__ import annotations
@@ -280,11 +280,6 @@ class RolloutConfig:
         if self.engine in ("vllm", "vllm-server"):
             check_vllm_sampling(self.sampling())
 
-    @property
-    def samples_elsewhere(self) -> bool:
-        """Whether completions come from other kernels, or other weights, than those that score them."""
-        return self.engine in ("vllm", "vllm-server") or self.async_level > 0
-
     def check_due(self, step: int, *, first: bool) -> bool:
         """Whether the sampler's and the trainer's log-probabilities are compared in step `step`. Where sampling runs
         ahead only the very first one is of the weights that train on it."""
@@ -353,6 +348,8 @@ class Engine(Protocol):
 
     weight_version: int
     """Version of the weights that serve; 0 before the first sync."""
+    off_policy: bool
+    """Whether tokens come from other kernels, or older weights, than those that train on them."""
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Makes the engine serve the policy's present weights, and nothing older.
@@ -381,8 +378,8 @@ class Engine(Protocol):
             seed: with `prompt_numbers`, the only source of chance: the noise of a token depends on (seed, prompt
                 number, completion 0..n-1, position in the completion), never on the batch or the rank.
             prompt_numbers: P integers that name the prompts, the same on every rank that could draw them.
-            arrived: called once for each prompt, from any thread, by engines that finish prompts one by one; others,
-                which have all of them at once, do not call it.
+            arrived: called once for each prompt, in the caller's thread while others are sampled, by engines that
+                finish prompts one by one; others, which have all of them at once, do not call it.
 
         Returns:
             P lists of n completions, in the order of `prompts`.

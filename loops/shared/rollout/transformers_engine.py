@@ -39,6 +39,8 @@ _KEEP = 0.875
 class TransformersEngine:
     """Samples in process from the policy itself, so its weights are never stale and a sync moves nothing."""
 
+    off_policy = False
+
     def __init__(
         self,
         model: torch.nn.Module,

@@ -237,6 +237,8 @@ def one_sentence(error: str) -> str | None:
 class VllmEngine:
     """The engine `vllm`. Calls from several threads wait for each other."""
 
+    off_policy = True
+
     def __init__(self, served: Served):
         """Starts vLLM; collective over all processes.
 
@@ -258,6 +260,7 @@ class VllmEngine:
         self.max_model_len = self._llm.model_config.max_model_len
         self._transport.open(self._control, 1)
         atexit.register(self.close)
+        self.rest()  # no weights yet: SFT and DPO may train long before their first evaluation
 
     def _start(self) -> Any:
         import vllm.envs

@@ -25,7 +25,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,19 @@ class Server:
     def kill(self) -> None:
         """Ends the process and all that it started, at once."""
         self.ready = False
-        if self.process is not None:
-            try:
+        if self.process is not None and self.process.returncode is None:  # once waited for, its number may be another's
+            with suppress(ProcessLookupError):  # another thread was faster
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.wait()
+
+    def ended(self) -> bool:
+        """Whether a process of ours has ended. It is not waited for, so that `kill` still reaches what it started."""
+        if self.process is None or self.process.returncode is not None:
+            return self.process is not None
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # `kill` has just waited for it
+            return True
 
     def wait_until_up(self, timeout: float) -> None:
         """Returns once the server answers.
@@ -160,7 +168,7 @@ class Server:
                 self.call("/health", timeout=5, method="GET")
                 return
             except ServerLostError:
-                if self.process is not None and self.process.poll() is not None:
+                if self.ended():
                     raise _why_it_ended(self.log.read_text(errors="replace"), self.log) from None
                 if time.monotonic() > deadline:
                     raise ServerLostError(f"{self.url} does not answer for {timeout:.0f} s (server_timeout).") from None
@@ -183,6 +191,8 @@ def _why_it_ended(log: str, path: Path) -> Exception:
 
 class VllmServerEngine:
     """The engine `vllm-server`. `sample` may run in a thread while the policy trains, and while it is synced."""
+
+    off_policy = True
 
     def __init__(self, served: Served):
         """Starts the servers, or connects to running ones; collective over all processes.
@@ -500,8 +510,7 @@ class VllmServerEngine:
     def _watch(self, server: Server) -> None:
         """Brings the server back, as often as it is lost."""
         while not self._closing.wait(_POLL_SECONDS):
-            died = server.process is not None and server.process.poll() is not None
-            if (server.ready and not died) or self._closing.is_set():
+            if (server.ready and not server.ended()) or self._closing.is_set():
                 continue
             server.ready = False
             try:
@@ -603,17 +612,19 @@ class VllmServerEngine:
         def draw(place: int) -> list[Completion]:
             parameters = self._served.sampling_parameters(sampling, drawn, seed, prompt_numbers[place])
             group = self._served.completions(self._draw(prompts[place], parameters))
-            group = group * n if drawn < n else group
-            if arrived is not None:
-                arrived(place, group)
-            return group
+            return group * n if drawn < n else group
 
         if not prompts:
             return []
         threads = len(self._servers) * max(1, self._config.vllm_max_num_seqs // drawn)
         pool = ThreadPoolExecutor(min(len(prompts), threads))
         try:
-            return list(pool.map(draw, range(len(prompts))))
+            places = {pool.submit(draw, place): place for place in range(len(prompts))}
+            for future in as_completed(places):
+                group = future.result()
+                if arrived is not None:
+                    arrived(places[future], group)
+            return [future.result() for future in places]
         finally:
             pool.shutdown(cancel_futures=True)
 

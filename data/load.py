@@ -15,6 +15,7 @@ import string
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,11 @@ def convert_rows(rows: list[Row], config: DataConfig, source: str, *, limit: int
             break
         where = f"row {number} of {source}"
         if converter:
-            row = converter(dict(row))
+            try:
+                row = converter(dict(row))
+            except (Exception, SystemExit) as error:
+                said = f"{type(error).__name__} {str(error).strip()}".strip()
+                raise ValueError(f"converter {config.converter} failed on {where}: {said}.") from error
             if row is None:
                 continue
             if not isinstance(row, dict):
@@ -389,9 +394,15 @@ def import_function(name: str, *, key: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())  # last, so that a file there never shadows an installed package
     importlib.invalidate_caches()
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"{key} names {name}, which cannot be imported: {_first_line(error)}.") from error
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever the module does when it is read
+        reason = "it calls exit()" if isinstance(error, SystemExit) else _first_line(error)
+        raise ValueError(f"{key} names {name}, which cannot be imported: {reason}.") from error
+    if not hasattr(module, function_name):
+        near = get_close_matches(function_name, dir(module), 1)
+        hint = f"; did you mean {module_name}:{near[0]}?" if near else "."
+        raise ValueError(f"{key} names {name}, which cannot be imported: {module_name} has no {function_name}{hint}")
+    function = getattr(module, function_name)
     if not callable(function):
         raise ValueError(f"{key} names {name}, which is not a function.")
     return function

@@ -68,7 +68,8 @@ class RunConfig:
     num_train_epochs: float = 1.0
     """Passes over the training rows; ignored when `max_steps` is above 0."""
     max_steps: int = 0
-    """Optimizer steps; 0 (or -1) means: as many as `num_train_epochs` needs."""
+    """Optimizer steps (in GRPO sets of rollouts, each with `num_iterations` updates); 0 (or -1) means: as many as
+    `num_train_epochs` needs."""
     logging_steps: int = 1
     """Steps between two rows sent to the trackers and the progress bar (metrics.jsonl gets every step)."""
     eval_steps: int = 0

@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
+from data.load import DataConfig, convert_rows
 from data.rewards import (
     RewardConfig,
     build_rewards,
@@ -194,3 +196,53 @@ def test_functions_are_named_by_list_comma_list_or_module(tmp_path, monkeypatch)
 def test_bad_reward_settings_say_what_to_change(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         build_rewards(RewardConfig(**settings))
+
+
+class Sour:
+    def __float__(self):
+        raise RecursionError("too deep")
+
+
+@pytest.mark.parametrize("act", [sys.exit, SystemExit, KeyError, lambda: [0.0, Sour()], lambda: [0.0, 10**400]])
+def test_whatever_a_reward_does_is_a_failure_of_its_rows(act):
+    """exit() too: it would end the run with exit code 0. Only Ctrl-C ends it."""
+
+    def reward(completions):
+        found = act()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    result = compute({"f": reward}, ["x", "y"])
+    assert result.failed["f"] in (1, 2) and math.isnan(result.total[1]) and result.failure
+
+    def interrupted(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute({"f": interrupted}, ["x"])
+
+
+def test_a_reward_written_for_messages_is_told_that_they_are_texts():
+    result = compute({"f": lambda completions: [one[0]["content"] for one in completions]}, ["x"])
+    assert "prompts and completions are texts here" in result.failure
+
+
+def test_a_misspelt_function_and_a_module_that_exits_are_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "near_rewards_of_test.py").write_text("def close(completions):\n    return [1.0]\n")
+    (tmp_path / "exits_of_test.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="did you mean near_rewards_of_test:close?"):
+        build_rewards(RewardConfig(reward_functions="near_rewards_of_test:clse"))
+    with pytest.raises(ValueError, match="cannot be imported: it calls exit()"):
+        build_rewards(RewardConfig(reward_functions="exits_of_test:f"))
+
+
+def test_a_converter_that_fails_or_exits_names_its_row(tmp_path, monkeypatch):
+    (tmp_path / "converters_of_test.py").write_text(
+        "def fails(row):\n    return {'prompt': row['nothing']}\ndef exits(row):\n    raise SystemExit\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("fails", "failed on row 1 of here: KeyError 'nothing'"), ("exits", "failed on row 1 of here")):
+        with pytest.raises(ValueError, match=words):
+            convert_rows([{"prompt": "p"}], DataConfig(converter=f"converters_of_test:{name}"), "here")

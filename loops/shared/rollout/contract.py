@@ -218,7 +218,8 @@ class RolloutConfig:
     """Steps between two comparisons of the sampler's and the trainer's log-probabilities (the first step is always
     compared); 0 compares the first one only."""
     max_mismatch: float = 0.0
-    """Largest difference of one token's log-probability, in nats, that passes; 0 chooses by dtype."""
+    """Difference of a token's log-probability, in nats, that only the worst thousandth of the tokens may exceed; 0
+    chooses by dtype."""
 
     async_level: int = 0
     """Steps by which sampling may run ahead of training (`engine: vllm-server`): 0 waits for each step's own weights,

@@ -19,6 +19,7 @@ import os
 import re
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -316,9 +317,10 @@ def exact_answer(*, completions: list[str], answer: list[Any]) -> list[float | N
     `<answer>...</answer>`, the rest of the line after the last `####`, the inside of the last `\\boxed{...}`; markers
     that are absent narrow nothing. A completion without any of the last three answers a number with its last number.
 
-    Numbers are compared as numbers (1,000 = 1000 = $1000.0 = 1000.); `$`, `%`, thousands commas and a trailing dot are
-    dropped. `72 apples` is not the number 72. All else must be the same text, letter case included, with runs of white
-    space read as one space. Nothing is ever evaluated.
+    Numbers are compared as numbers (1,000 = 1000 = $1000.0 = 1e3 = 1 \\times 10^3); `$`, `%`, thousands commas,
+    markdown's `**`, a trailing dot and a leading `x =` are dropped. `72 apples` is not the number 72. Where the last
+    number is a part of something longer (1/2, 2^5, 3x, 12:30, 2024-01-05) the completion has no answer. All else must
+    be the same text, letter case included, with runs of white space read as one space. Nothing is ever evaluated.
     """
     return [_same_answer(text, gold) for text, gold in zip(completions, answer, strict=True)]
 
@@ -335,8 +337,7 @@ def _same_answer(completion: str, gold: Any) -> float | None:
         return float(" ".join(found.split()) == " ".join(expected.split()))
     number = parse_number(found)
     if number is None and not marked:
-        numbers = _NUMBER_IN_TEXT.findall(found)
-        number = parse_number(numbers[-1]) if numbers else None
+        number = _last_number(found)
     return float(number == expected_number)
 
 
@@ -352,7 +353,11 @@ def extract_answer(text: str) -> tuple[str, bool]:
     boxed = _last_boxed(text)
     if boxed is not None:
         text, marked = boxed, True
-    return text.strip(), marked
+    text = text.strip()
+    for _ in range(2):  # markdown's, which may be doubled
+        emphasis = _EMPHASIS.fullmatch(text)
+        text = emphasis[2].strip() if emphasis else text
+    return text, marked
 
 
 def _last_boxed(text: str) -> str | None:
@@ -369,19 +374,75 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_WHOLE_NUMBER = re.compile(rf"([-+]?)({_NUMBER})\.?")
+_EMPHASIS = re.compile(r"(\*\*|__|\*|`)(.+)\1", flags=re.DOTALL)
+_NUMBER = (
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,4}(?![0-9]))?"
+)
+_WHOLE_NUMBER = re.compile(rf"(?:[A-Za-z] ?= ?)?([-+]?)({_NUMBER})")
 # A minus right after a letter, digit or closing bracket is an operator, not a sign.
-_NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]])-)?\$?(?:{_NUMBER})")
+_NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}])-)?\$?{_NUMBER}")
+_SPELLINGS = (
+    (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # typographic minus signs
+    (re.compile(r"\{,\}"), ","),  # LaTeX's thousands, and the spaces after them
+    (re.compile(r"(?<=[0-9,])\\[,!](?=[0-9])|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))"), ""),
+    (re.compile(r"\\[$%]|[\u00a3\u20ac]"), lambda found: "%" if found[0] == r"\%" else "$"),  # pound, euro
+    (re.compile(r"(?<=[0-9]) ?(?:\\times|\\cdot|[*\u00d7\u00b7]) ?10\^\{?([-+]?[0-9]{1,4})(?![0-9])\}?"), r"e\1"),
+)
+_FUNCTION = r"\\(?:[cdt]?frac|sqrt|log|ln|exp|binom)"
+# What makes a number a part of something longer: before it, after it, and before the braces that it stands in.
+_JOINED_BEFORE = re.compile(
+    r"[/\u2044^\u221a] ?$|[0-9][,.:'\u2019_]$|[A-Za-z_]-?$|[0-9]-[0-9]{1,2}-$|(?<![0-9])[0-9]{1,3} $"
+    rf"|{_FUNCTION} ?$"
+)
+_JOINED_AFTER = re.compile(
+    r" ?[/\u2044](?! ?[A-Za-z]{2})|\^(?!\\circ|\{\\circ)|_[^_\W]| ?(?:\\pi|\u03c0)|\\(?:[cdt]?frac|sqrt)"
+)
+_JOINED_BRACES = re.compile(rf"(?:{_FUNCTION}|[\^_}}\]])$")
+
+
+def _spell_plainly(text: str) -> str:
+    for spelling, plain in _SPELLINGS:
+        text = spelling.sub(plain, text)
+    return text
 
 
 def parse_number(text: str) -> Decimal | None:
     """The exact value of a text that is one number and nothing else, or None."""
-    text = text.replace("\u2212", "-")  # the typographic minus
-    for dropped in ("\\$", "$", "\\%", "%", "\\(", "\\)", "\\,", "\u00a3", "\u20ac"):  # pound, euro
+    text = _spell_plainly(text)
+    for dropped in ("$", "%", "\\(", "\\)", "\\[", "\\]", "\\,", "\\!"):
         text = text.replace(dropped, "")
-    match = _WHOLE_NUMBER.fullmatch(text.strip())
+    match = _WHOLE_NUMBER.fullmatch(text.strip().lstrip("*`").rstrip("*`. "))
     return Decimal(match[1] + match[2].replace(",", "")) if match else None
+
+
+def _last_number(text: str) -> Decimal | None:
+    """The value of the last number in a text; None where it is a part of something longer, as the 2 of 1/2 is."""
+    text = _spell_plainly(text)
+    last = deque(_NUMBER_IN_TEXT.finditer(text), maxlen=1)
+    if not last:
+        return None
+    match = last[0]
+    start, end = match.span()
+    before, after = text[max(0, start - 12) : start], text[end : end + 12]
+    digits = match[0].lstrip("-$")
+    grouped = len(digits) == 3 and digits.isdigit()  # else a space before it parts two numbers
+    joined = _JOINED_BEFORE.search(before)
+    if joined and (grouped or not joined[0].endswith(" ") or not joined[0][0].isdigit()):
+        return None
+    if _JOINED_AFTER.match(after) or _is_letter(after[:1]) or _is_letter(before[-1:]):
+        return None
+    depth = 0
+    for place in range(start - 1, -1, -1):
+        depth += {"}": 1, "{": -1}.get(text[place], 0)
+        if depth < 0:
+            return None if _JOINED_BRACES.search(text[max(0, place - 8) : place]) else parse_number(match[0])
+    return parse_number(match[0])
+
+
+def _is_letter(character: str) -> bool:
+    """A letter of a script that puts spaces between words, a superscript or a fraction such as one half."""
+    return character.isalpha() and character < "\u0590" or character.isnumeric()
 
 
 def rouge_l_precision(

@@ -36,13 +36,15 @@ def compute(functions: dict, completions: list[str], weights=None, columns=None)
     )
 
 
-@pytest.mark.parametrize("same", ["1000", "1,000", "1000.0", "1000.", "$1,000.00", "\\$1000", "1000%", " +1000\n"])
+@pytest.mark.parametrize(
+    "same", ["1000", "1,000", "1000.0", "1000.", "$1,000.00", "\\$1000", "1000%", " +1000\n", "1e3"]
+)
 def test_one_number_in_all_its_spellings(same):
     assert parse_number(same) == 1000
     assert exact_answer(completions=[f"so #### {same}"], answer=["... #### 1,000"]) == [1.0]
 
 
-@pytest.mark.parametrize("text", ["72 apples", "1,00", "1,2,3", "", "-", "1e3", "1/2", "__import__('os')", "1000.0.0"])
+@pytest.mark.parametrize("text", ["72 apples", "1,00", "1,2,3", "", "-", "1e", "1/2", "__import__('os')", "1000.0.0"])
 def test_what_is_no_number_is_not_read_as_one(text):
     assert parse_number(text) is None
 
@@ -70,6 +72,74 @@ def test_what_is_no_number_is_not_read_as_one(text):
 def test_the_final_answer_counts(completion, right):
     assert exact_answer(completions=[completion], answer=["#### 72"]) == [right]
     assert exact_answer(completions=[completion], answer=[72]) == [right]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("The answer is \u22125.", -5),
+        ("it is \u20135", "-5"),
+        ("that is -\u00a35", "-5"),
+        ("The answer is 1.2e3", "1200"),
+        ("so $1.2 \\times 10^{3}$.", "1200"),
+        ("\\boxed{1.2 \\times 10^3}", 1200.0),
+        ("10000000000000000", 1e16),
+        ("0.00001", 1e-05),
+        ("#### **42**", "42"),
+        ("<answer>**42**</answer>", "42"),
+        ("**#### 42**", "42"),
+        ("#### `42`.", "42"),
+        ("<answer>**Paris**</answer>", "Paris"),
+        ("1{,}234", "1234"),
+        ("10,\\!080", "10,080"),
+        ("10080", "10,\\!080"),
+        ("10\u202f080", "10080"),
+        ("#### x = 5", "5"),
+        ("$1,234.50.", "1234.5"),
+        ("12.0", "12"),
+        ("45^\\circ", "45"),
+        ("the answer is...5", "5"),
+        ("5\\,cm", "5"),
+        ("\u7b54\u6848\u662f72\u3002", "72"),
+    ],
+)
+def test_a_number_is_read_however_it_is_written(completion, answer):
+    assert exact_answer(completions=[completion], answer=[answer]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("The answer is \u22125.", "5"),
+        ("The answer is 1.2e3", "3"),
+        ("so $1.2 \\times 10^{3}$.", "3"),
+        ("So the probability is 1/2.", "2"),
+        ("So the probability is 1 / 2.", "2"),
+        ("1 1/2 cups", "2"),
+        ("it is $\\frac{1}{2}$.", "2"),
+        ("it is $\\frac12$.", "12"),
+        ("$5\\sqrt{2}$", "2"),
+        ("$5\\pi$", "5"),
+        ("5 \u03c0", "5"),
+        ("2^{3}", "3"),
+        ("x_1", "1"),
+        ("3x", "3"),
+        ("1{,}234", "234"),
+        ("10,\\!080", "80"),
+        ("10 000", "0"),
+        ("1'000", "0"),
+        ("1.234,50", "50"),
+        ("version 3.14.15", "15"),
+        ("(3,4)", "4"),
+        ("at 12:30", "30"),
+        ("on 2024-01-05", "5"),
+        ("COVID-19", "19"),
+        ("1\u00bd", "1"),
+        ("0x1F", "1"),
+    ],
+)
+def test_a_part_of_something_longer_is_no_answer(completion, answer):
+    assert exact_answer(completions=[completion], answer=[answer]) == [0.0]
 
 
 def test_answers_that_are_texts_must_be_the_same_text():

@@ -88,7 +88,7 @@ class Config:
     """Advantages are divided by the standard deviation of their group, of the whole batch, or by none
     (true and false are older spellings of group and none)."""
     num_iterations: int = 1
-    """Updates taken on the rollouts of one step; max_steps, warmup_steps and all other steps count sets of rollouts."""
+    """Updates on the rollouts of one step; max_steps, warmup_steps and all other steps count sets of rollouts."""
     mask_truncated_completions: bool = False
     """Leave completions that hit max_completion_length out of the loss (they still count in their group's mean)."""
     eval_reward: str | None = "exact_answer"
@@ -109,13 +109,9 @@ class Config:
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {least} or more.")
         if self.kl_estimator == "k1" and self.beta:
-            raise ValueError(
-                f"kl_estimator is k1 and beta {self.beta}: as a loss k1 has no gradient on average, so nothing would "
-                "hold the policy back; use k3 or k2."
-            )
-        spellings = {"true": "group", "false": "none"}  # TRL's older ones
+            raise ValueError(f"kl_estimator is k1 and beta {self.beta}: k1 has no gradient on average; use k3 or k2.")
         scale = str(self.scale_rewards).lower()
-        object.__setattr__(self, "scale_rewards", spellings.get(scale, scale))
+        object.__setattr__(self, "scale_rewards", {"true": "group", "false": "none"}.get(scale, scale))  # as TRL had it
         group_advantages(torch.zeros(2), 2, scale=self.scale_rewards)  # these refuse what they do not know
         zero = torch.zeros(1, 1)
         self.loss(zero, zero, torch.zeros(1), torch.ones(1, 1), ref_logprobs=zero, sampled=zero)
@@ -180,12 +176,10 @@ def in_loss(completion, config):
 def build_microbatches(prompts, completions, advantages, config, accelerator):
     """Packed micro-batches of (batch, advantages [B], sampler's log-probabilities [B, T]); as many on every process.
 
-    Completions without an advantage have no gradient; unless a KL term needs them, they are not computed at all. Nor
-    are those that are left out of the loss.
+    Completions outside the loss are not computed, nor are those without an advantage, unless a KL term needs them.
     """
     asked = [prompt.prompt_ids for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
-    has_gradient = [advantage != 0 or config.beta != 0 for advantage in advantages.tolist()]
-    kept = [b for b, completion in enumerate(completions) if has_gradient[b] and in_loss(completion, config)]
+    kept = [b for b, c in enumerate(completions) if in_loss(c, config) and (advantages[b] != 0 or config.beta != 0)]
     cuts = cut_microbatches(
         [len(completions[b].token_ids) for b in kept],
         prompts=[asked[b] for b in kept],
@@ -222,10 +216,8 @@ def train_step(
             scores = score(policy, batch, temperature=temperature, packing=packing)
             if iteration == 0:  # nothing was updated since sampling: this pass scores the policy that sampled
                 old[number] = scores.logprobs.detach()
-            loss, terms = config.loss(
-                scores.logprobs, old[number], advantages, batch.mask, ref_logprobs=frozen.get(number),
-                sampled=sampled if off_policy else None,
-            )  # fmt: skip
+            others = {"ref_logprobs": frozen.get(number), "sampled": sampled if off_policy else None}
+            loss, terms = config.loss(scores.logprobs, old[number], advantages, batch.mask, **others)
             accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
             guard.seen(loss, batch.numbers)
             gap = (old[number] - sampled)[batch.mask]
@@ -248,8 +240,7 @@ def train_step(
 def step_metrics(total):
     """The step's metrics from its global sums: means over scored tokens (policy), groups or completions (rollout)."""
     kept = ("loss/", "time/", "optim/", "tokens/")
-    if total["tokens/scored"]:  # else nothing is known of the policy: no value is better than a wrong 0
-        kept += ("policy/",)
+    kept += ("policy/",) if total["tokens/scored"] else ()  # no value is better than a wrong 0
     metrics = {name: value for name, value in total.items() if name.startswith(kept)} | reward_statistics(total)
     per_token = [f"policy/{name}" for name in PER_TOKEN if f"policy/{name}" in metrics]
     metrics |= {name: total[name] / total["tokens/scored"] for name in per_token}
@@ -263,12 +254,13 @@ def main(config: Config) -> None:
     tokenizer = build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     rewards = build_rewards(config.reward, rows)
+    eval_rows = eval_rows or []
     key = "reward_functions on the evaluation rows"
-    judges = {"reward": build_judge(build_rewards(config.reward, eval_rows or [], key=key))}
+    judges = {"reward": build_judge(build_rewards(config.reward, eval_rows, key=key))}
     if config.eval_reward:
-        judges["accuracy"] = build_judge(config.eval_reward, eval_rows or [])
+        judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
     prompts, report = encode_rows(rows, encode_prompt, tokenizer, config.encode, what="training prompts")
-    eval_prompts, _ = encode_rows(eval_rows or [], encode_prompt, tokenizer, config.encode, what="evaluation prompts")
+    eval_prompts, _ = encode_rows(eval_rows, encode_prompt, tokenizer, config.encode, what="evaluation prompts")
 
     run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator

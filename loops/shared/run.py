@@ -404,10 +404,10 @@ class Run:
         self.say(f"model written to {folder}")
         if self.accelerator.is_main_process:
             rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-            for name in ("eval/loss", "eval/reward_accuracy", "eval/accuracy"):
-                values = [row[name] for row in rows if row.get(name) is not None and _is_shown(name, row[name], row)]
-                if values:
-                    self.say(f"{name} {values[0]:.4g} before, {values[-1]:.4g} after")
+            for name in ("eval/loss", "eval/reward_accuracy", "eval/accuracy", "eval/missing"):
+                found = [row for row in rows if row.get(name) is not None]
+                if any(_is_shown(name, row[name], row) for row in found):
+                    self.say(f"{name} {found[0][name]:.4g} before, {found[-1][name]:.4g} after")
         self.stop.remove()
 
     def end(self, *, ok: bool) -> None:

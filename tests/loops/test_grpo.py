@@ -1,6 +1,11 @@
 """What GRPO promises beyond its arithmetic: corrections, guards, what is refused, what is logged and shown."""
 
 import json
+import os
+import signal
+import subprocess
+import threading
+import time
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -340,3 +345,111 @@ def test_an_evaluation_is_shown_once_and_never_as_a_negative_loss(tmp_path, caps
     assert rows[0]["eval/loss"] == -rows[0]["eval/reward"]
     text = shown.out + shown.err
     assert text.count("step 0") == 1 and "eval/loss" not in text and text.count("eval/reward") == 2
+
+
+def with_an_alarm(*, completion_ids, **_):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # in the main thread only
+    return even_lengths(completion_ids=completion_ids)
+
+
+class Serving(TransformersEngine):
+    """Stands for a server: it samples in the thread that asks, hands groups over, and its samples of step 2 (the one
+    after the evaluation is step 0) come only when it is closed."""
+
+    off_policy = True
+    closed = None
+    calls = 0
+
+    def sample(self, prompts, *, arrived=None, **settings):
+        self.calls += 1
+        if self.closed is not None and self.calls == 4:
+            assert self.closed.wait(30), "the rollout under way was not ended"
+            raise RuntimeError("the engine was closed while it sampled")
+        groups = super().sample(prompts, **settings)
+        for place, group in enumerate(groups if arrived else ()):
+            arrived(place, group)
+        return groups
+
+    def close(self):
+        if self.closed is not None:
+            self.closed.set()
+
+
+def serve(monkeypatch, closed=None):
+    def build(config, policy, tokenizer, autocast):
+        engine = Serving(policy, tokenizer)
+        engine.closed = closed
+        return engine
+
+    monkeypatch.setattr(grpo, "build_engine", build)
+    return ["--engine", "vllm-server", "--reward_functions", "tests.loops.test_grpo:with_an_alarm"]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_reward_with_an_alarm_works_in_a_run_at_every_level(level, tmp_path, monkeypatch):
+    options = serve(monkeypatch)
+    rows = run(tmp_path / "run", *options, "--async_level", str(level), "--max_steps", "3")
+    assert [row["reward/missing"] for row in rows[1:]] == [0, 0, 0]
+
+
+def test_an_error_in_a_step_ends_the_rollout_under_way(tmp_path, monkeypatch):
+    """Python waits for the threads of a pool before anything else at its end: the run would hang."""
+    options = serve(monkeypatch, closed=threading.Event())
+    real = grpo.compare_rewards
+
+    def breaks(share, *others):
+        if calls.count("step") == 1:
+            raise KeyError("a mistake in the second step")
+        calls.append("step")
+        return real(share, *others)
+
+    monkeypatch.setattr(grpo, "compare_rewards", breaks)
+    with pytest.raises(KeyError, match="second step"):
+        run(tmp_path / "run", *options, "--async_level", "1", "--max_steps", "5")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollout")]
+
+
+def test_a_servers_groups_are_handed_over_in_the_callers_thread():
+    from loops.shared.rollout.vllm_server import VllmServerEngine
+
+    class Drawn(VllmServerEngine):
+        def __init__(self):
+            same = SimpleNamespace(check=lambda *_: None, sampling_parameters=lambda *_: None, completions=list)
+            self._serves, self._served, self._servers, self.max_model_len = True, same, [None], 8
+            self._config = RolloutConfig(engine="vllm-server")
+
+        def _draw(self, prompt, parameters):
+            return [threading.get_ident()]
+
+    seen = {}
+    settings = {"sampling": Sampling(), "seed": 0, "prompt_numbers": [0, 1, 2]}
+    groups = Drawn().sample(
+        [[1], [2], [3]], n=1, **settings, arrived=lambda place, group: seen.update({place: threading.get_ident()})
+    )
+    assert seen == dict.fromkeys(range(3), threading.get_ident())
+    assert all(thread != threading.get_ident() for (thread,) in groups)
+
+
+def test_killing_a_server_reaches_what_it_started_and_nothing_after_it_was_waited_for(tmp_path):
+    """The server's own process has ended, its worker has not; once both are gone the number may be somebody else's."""
+    from loops.shared.rollout.vllm_server import Server
+    from loops.shared.rollout.weight_transfer import Transport
+
+    server = Server(0, "http://127.0.0.1:1", Transport(), 1.0)
+    assert not server.ended()
+    command = f"sleep 600 & echo $! > {tmp_path}/worker"
+    server.process = subprocess.Popen(["sh", "-c", command], start_new_session=True)
+    while not server.ended():
+        time.sleep(0.01)
+    worker = int((tmp_path / "worker").read_text())
+    os.kill(worker, 0)  # it lives
+    server.kill()
+    while (Path("/proc") / str(worker)).exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text():
+        time.sleep(0.01)
+    assert server.ended()
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    server.process.pid = other.pid  # the number is somebody else's by now
+    server.kill()
+    assert other.poll() is None
+    other.kill()
+    other.wait()

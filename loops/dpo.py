@@ -34,7 +34,7 @@ from loops.shared.models import (
     parameter_line,
     resolve_dtype,
 )  # fmt: skip
-from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
+from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients, sample_weights
 from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.evaluate import greedy_evaluation
@@ -184,7 +184,9 @@ def train_step(policy, reference, optimizer, scheduler, microbatches, denominato
     sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
     sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
     if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
+        before = sample_weights(optimizer)
         optimizer.step()
+        sums["optim/unchanged"] = (sample_weights(optimizer) == before).double().mean()
     scheduler.step()
     optimizer.zero_grad()
     return sums
@@ -242,7 +244,7 @@ def main(config: Config) -> None:
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(pairs), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
-    optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
+    optimizer = build_optimizer(policy, config.optim, seed=config.run.seed, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = run.prepare(policy, optimizer, reference, engine)

@@ -42,7 +42,7 @@ from data.rewards import (
     reward_statistics,
 )
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
-from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
+from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients, sample_weights
 from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.ahead import Ahead, rollout_statistics, rollout_sums, sample_and_judge
@@ -231,7 +231,9 @@ def train_step(
         sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
         sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
         if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
+            before = sample_weights(optimizer)
             optimizer.step()
+            sums["optim/unchanged"] = (sample_weights(optimizer) == before).double().mean()
         optimizer.zero_grad()
     scheduler.step()  # once per step, whatever num_iterations is: warmup_steps and max_steps count the same
     return sums, old
@@ -277,7 +279,7 @@ def main(config: Config) -> None:
     rows_per_step = config.prompts(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
-    optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
+    optimizer = build_optimizer(policy, config.optim, seed=config.run.seed, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = run.prepare(policy, optimizer, reference, engine)

@@ -22,7 +22,7 @@ from data.load import DataConfig, load_rows
 from data.pack import BatchConfig, cut_step, pack_check, pack_examples, pack_rows, rows_of_step, steps_per_epoch
 from data.rewards import build_judge
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer, parameter_line
-from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
+from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients, sample_weights
 from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.evaluate import greedy_evaluation
@@ -89,7 +89,9 @@ def train_step(policy, optimizer, scheduler, microbatches, denominator, config, 
     sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
     sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
     if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
+        before = sample_weights(optimizer)
         optimizer.step()
+        sums["optim/unchanged"] = (sample_weights(optimizer) == before).double().mean()
     scheduler.step()
     optimizer.zero_grad()
     return sums
@@ -146,7 +148,7 @@ def main(config: Config) -> None:
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = steps_per_epoch(len(bins), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
-    optimizer = build_optimizer(policy, config.optim, sharded=run.sharded)
+    optimizer = build_optimizer(policy, config.optim, seed=config.run.seed, sharded=run.sharded)
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = run.prepare(policy, optimizer, None, engine)

@@ -58,7 +58,7 @@ class ModelConfig:
     """Allow code from the model's repository to run."""
     torch_dtype: str = "auto"
     """Dtype of the weights: float32, bfloat16, float16, float64, or auto: float32 on a CPU and when full
-    fine-tuning, else bfloat16."""
+    fine-tuning, else bfloat16. Weights that are trained in bfloat16 are rounded stochastically."""
     attn_implementation: str = "auto"
     """transformers' name (sdpa, eager, flash_attention_2, ...), or auto: flash-attn where installed, else sdpa."""
     disable_dropout: bool = True

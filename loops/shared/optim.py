@@ -1,11 +1,18 @@
 """Parameter groups, optimizer, learning-rate schedule and gradient clipping.
 
 Step numbers count optimizer steps from 0: `learning_rate_at(0, ...)` is the rate of the first update.
+
+Weights in bfloat16 (8 bits of mantissa) are rounded stochastically: an update below half a unit in the last place, as
+most are at a rate of 1e-5, would be lost each time it is rounded to nearest; so it is made with the probability that
+its expected value is the update in float32. The noise belongs to (seed, step, parameter, element): not to a rank, a
+shard, or a random state that a resumed run would have to find again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
@@ -109,11 +117,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, sharded: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, seed: int = 0, sharded: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer that `config.optimizer` names, over the trainable parameters in `parameter_groups`.
 
     AdamW: Loshchilov and Hutter 2019, algorithm 2; Lion: Chen et al. 2023, algorithm 2; moments of 8 bits: Dettmers et
-    al. 2022. sharded: the parameters are, or will be, shards of FSDP2 (DTensors are recognised by themselves).
+    al. 2022. seed: of the stochastic rounding of bfloat16 weights. sharded: the parameters are, or will be, shards of
+    FSDP2 (DTensors are recognised by themselves).
 
     Raises ValueError when the model has no trainable parameter, the optimizer's library is missing, or the optimizer
     does not work on this model's parameters.
@@ -132,20 +143,109 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, sharded: bool = Fa
                 f"optimizer {config.optimizer} (bitsandbytes) cannot update the shards of fsdp: use adamw_torch_8bit, "
                 "or adamw_torch with cpu_offload: true."
             )
-        return _bitsandbytes(model, groups, config)
+        return _bitsandbytes(model, groups, config, seed)
     if config.optimizer in TORCHAO:
-        return _torchao(groups, config)
+        return _torchao(groups, config, seed)
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True if fused else None,  # None lets torch choose between foreach and a plain loop
     )
+    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        optimizer.rounding_seed = seed
+        optimizer.step = MethodType(_step_rounded, optimizer)  # a method still: LambdaLR wraps it
+    return optimizer
 
 
-def _bitsandbytes(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+@torch.no_grad()
+def _step_rounded(optimizer: Any, closure: Any = None) -> None:
+    """AdamW (algorithm 2) in float32; bfloat16 weights and moments are stored by stochastic rounding.
+
+    Moments too: the second moment moves by a thousandth of itself in a step, less than its last place.
+    """
+    assert closure is None
+    named = [(number, group, parameter) for number, (group, parameter) in enumerate(_parameters(optimizer))]
+    named = [entry for entry in named if entry[2].grad is not None]
+    for _, group, parameter in named:
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device if group["fused"] else None)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+    steps = torch.stack([optimizer.state[parameter]["step"] for *_, parameter in named]).tolist() if named else []
+    for (number, group, parameter), step in zip(named, steps, strict=True):
+        (beta1, beta2), lr, state = group["betas"], float(group["lr"]), optimizer.state[parameter]
+        keys = [rounding_key(optimizer.rounding_seed, int(step), number, place) for place in range(3)]
+        offset = 0  # elements of other shards before these
+        if isinstance(parameter, DTensor):
+            _, first = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            offset = first[0] * (parameter.numel() // parameter.shape[0]) if first else 0
+        tensors = [_local(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"], parameter.grad)]
+        for rows, start in _blocks(tensors[0]):
+            weight, mean, square, gradient = (t[rows] for t in tensors)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            new_mean = mean.to(wide).lerp(gradient.to(wide), 1 - beta1)
+            new_square = square.to(wide).lerp(gradient.to(wide).square(), 1 - beta2)
+            denominator = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            new_weight = weight.to(wide).mul_(1 - lr * group["weight_decay"])
+            new_weight.addcdiv_(new_mean, denominator, value=-lr / (1 - beta1**step))
+            for old, new, key in zip((weight, mean, square), (new_weight, new_mean, new_square), keys, strict=True):
+                old.copy_(round_stochastically(new, key, offset + start) if old.dtype == torch.bfloat16 else new)
+
+
+def _parameters(optimizer: Any) -> list[tuple[dict[str, Any], Tensor]]:
+    return [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, with at least one dimension."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach() if local.ndim else local.detach().view(1)
+
+
+def _blocks(tensor: Tensor, elements: int = 1 << 24) -> list[tuple[slice, int]]:
+    """(rows, elements before them) of parts of about `elements` each, so that float32 copies stay small."""
+    row = tensor[0].numel() if len(tensor) else 1
+    height = max(1, elements // max(1, row))
+    return [(slice(first, first + height), first * row) for first in range(0, len(tensor), height)]
+
+
+def rounding_key(*numbers: int | str) -> int:
+    """A 64-bit key out of what the noise belongs to."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little", signed=True)
+
+
+def round_stochastically(values: Tensor, key: int, first: int = 0) -> Tensor:
+    """float32 `values` as bfloat16, up or down with the probability that the expected result is the value.
+
+    16 random bits are added below the last place that is kept, then cut off. Element i takes those of place `first` + i
+    in the sequence of `key` (splitmix64: Steele, Lea, Flood 2014; four elements share 64 bits).
+    """
+    skip = first % 4
+    counters = torch.arange((values.numel() + skip + 3) // 4, device=values.device) + (first // 4 + 1)
+    bits = counters * (0x9E3779B97F4A7C15 - 2**64) + key  # products and sums wrap modulo 2^64
+    for places, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ ((bits >> places) & ((1 << (64 - places)) - 1))) * (factor - 2**64)
+    bits ^= (bits >> 31) & ((1 << 33) - 1)
+    noise = bits.view(torch.int16)[skip : skip + values.numel()].view(values.shape).int() & 0xFFFF
+    rounded = ((values.view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).bfloat16()
+
+
+def sample_weights(optimizer: Any) -> Tensor:
+    """About a thousand elements of each trained weight (of this rank's part), to see which of them a step moves."""
+    parts = [_local(parameter).flatten() for _, parameter in _parameters(optimizer)]
+    return torch.cat([part[:: max(1, part.numel() // 1024)] for part in parts])
+
+
+def _bitsandbytes(
+    model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig, seed: int
+) -> torch.optim.Optimizer:
     """An optimizer of bitsandbytes; parameters below 4,096 elements, and embeddings, keep moments of 32 bits.
 
     Gradients of embeddings are uneven over rows, which blocks of 8 bits round badly (Dettmers et al. 2022, section
@@ -164,10 +264,29 @@ def _bitsandbytes(model: nn.Module, groups: list[dict[str, Any]], config: OptimC
     keys: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
     if "adam" in config.optimizer:
         keys["eps"] = config.adam_epsilon
-    return getattr(optim, BITSANDBYTES[config.optimizer])(groups, **keys)
+    optimizer = getattr(optim, BITSANDBYTES[config.optimizer])(groups, **keys)
+    optimizer.rounding_seed = seed
+    optimizer.update_step = MethodType(_update_rounded, optimizer)
+    return optimizer
 
 
-def _torchao(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def _update_rounded(optimizer: Any, group: dict[str, Any], parameter: nn.Parameter, *place: int) -> None:
+    """bitsandbytes' update of one parameter; one in bfloat16 is float32 while it lasts, then rounded stochastically."""
+    if parameter.dtype != torch.bfloat16:
+        return type(optimizer).update_step(optimizer, group, parameter, *place)
+    narrow, gradient = parameter.data, parameter.grad
+    parameter.grad = None  # a gradient has its parameter's dtype
+    parameter.data = narrow.float()
+    parameter.grad = gradient.float()
+    type(optimizer).update_step(optimizer, group, parameter, *place)
+    key = rounding_key(optimizer.rounding_seed, optimizer.state[parameter]["step"], *place)
+    narrow.copy_(round_stochastically(parameter.data, key))
+    parameter.grad = None
+    parameter.data = narrow
+    parameter.grad = gradient
+
+
+def _torchao(groups: list[dict[str, Any]], config: OptimConfig, seed: int) -> torch.optim.Optimizer:
     """torchao's AdamW; of a shard whose elements are not at least 4,096 and a multiple of 256 it keeps whole moments.
 
     Its learning rate is a float32 tensor. torchao compiles the update once for each shape of a parameter, which costs
@@ -180,15 +299,27 @@ def _torchao(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.O
             f"optimizer {config.optimizer} needs torchao, which is not installed: pip install plumbline[quant]."
         ) from error
     optimizer = AdamW8bit(
-        groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        bf16_stochastic_round=True,
     )
-    if all(parameter.device.type == "cpu" for group in groups for parameter in group["params"]):
-        optimizer.step = MethodType(_step_uncompiled, optimizer)  # a method still: LambdaLR wraps it
+    optimizer.rounding_seed = seed
+    optimizer.uncompiled = all(parameter.device.type == "cpu" for _, parameter in _parameters(optimizer))
+    optimizer.step = MethodType(_step_torchao, optimizer)  # a method still: LambdaLR wraps it
     return optimizer
 
 
-def _step_uncompiled(optimizer: torch.optim.Optimizer, closure: Any = None) -> Any:
-    with torch.compiler.set_stance("force_eager"):
+def _step_torchao(optimizer: Any, closure: Any = None) -> Any:
+    """torchao draws its rounding from the global generator: here from one that (seed, step) decides, for this step."""
+    step = max((float(state["step"]) for state in optimizer.state.values()), default=0.0)
+    device = _parameters(optimizer)[0][1].device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.compiler.set_stance("force_eager") if optimizer.uncompiled else nullcontext(),
+    ):
+        torch.manual_seed(rounding_key(optimizer.rounding_seed, int(step)) % 2**63)
         return type(optimizer).step(optimizer, closure)
 
 

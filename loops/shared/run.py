@@ -204,6 +204,9 @@ class Run:
         metrics, self.pending = metrics | self.pending, {}
         if self.config.on_non_finite == "skip":
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        model, name = self.settings["model"], "optim/unchanged"
+        if name in metrics and name not in self.latest and model["torch_dtype"] == "bfloat16" and not model["lora_r"]:
+            self.say(f"bfloat16 weights, rounded stochastically: step {step} moved {100 * (1 - metrics[name]):.1f} %")
         self.latest |= metrics
         self.logged = metrics
         self.tracker.log(metrics, step)

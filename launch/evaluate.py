@@ -267,7 +267,7 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
     run.say(str(report))
     policy = build_model(found, tokenizer, run.accelerator.device)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=run.accelerator.autocast)
-    run.open(max(step, 1), rows=len(prompts))
+    run.open(max(step, 1), rows=prompts)
     engine.sync(policy)
     began = time.perf_counter()
     lines = [numbers[id(prompt.columns)] for prompt in prompts]

@@ -248,7 +248,7 @@ def main(config: Config) -> None:
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = run.prepare(policy, optimizer, reference, engine)
-    run.open(total_steps, rows=len(pairs), rows_per_step=rows_per_step)
+    run.open(total_steps, rows=pairs, rows_per_step=rows_per_step)
     frozen = eval_frozen = None
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
         began = time.perf_counter()

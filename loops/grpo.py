@@ -283,7 +283,7 @@ def main(config: Config) -> None:
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = run.prepare(policy, optimizer, reference, engine)
-    run.open(total_steps, rows=len(prompts), rows_per_step=rows_per_step)
+    run.open(total_steps, rows=prompts, rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     engine.sync(policy)
     settings = {"sampling": config.rollout.sampling(), "accelerator": accelerator}

@@ -152,7 +152,7 @@ def main(config: Config) -> None:
     scheduler = build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast) if judges else None
     policy, optimizer = run.prepare(policy, optimizer, None, engine)
-    run.open(total_steps, rows=len(examples), packing_strategy=packed, rows_per_step=rows_per_step)
+    run.open(total_steps, rows=examples, packing_strategy=packed, rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     if start == 0 and eval_examples:
         run.log(evaluate(policy, engine, eval_examples, eval_prompts, judges, config, accelerator, packing), 0)

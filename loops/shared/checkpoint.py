@@ -547,6 +547,11 @@ def load_checkpoint(
     read_tensors(path, {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()})
     put_moments()
     scheduler.load_state_dict(saved["scheduler"])
+    schedule: Any = scheduler  # LambdaLR, which loads the rate of the settings that wrote the checkpoint
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        rate = base * factor(schedule.last_epoch)
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+    schedule._last_lr = [torch.clone(lr) if isinstance(lr := g["lr"], Tensor) else lr for g in optimizer.param_groups]
     if own is not None:
         set_random_state(own["random"], accelerator.device)
     else:

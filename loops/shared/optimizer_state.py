@@ -121,7 +121,12 @@ def put_back(
         state: dict[int, dict[str, Any]] = {}
         for (name, key), value in values.items():
             state.setdefault(numbers[name], {})[key] = value()
-        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in record["groups"]]
+        # Rates, decays and betas are this run's own: the schedule puts the rate of its step in.
+        current = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        groups = [
+            {**group, **now, "params": [numbers[name] for name in group["params"]]}
+            for group, now in zip(record["groups"], current, strict=True)
+        ]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         _page_again(_inner(optimizer))
 

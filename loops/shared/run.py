@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -15,11 +18,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +32,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
 from loops.shared.checkpoint import (
+    WRAPPERS,
     NotSaved,
     Saver,
     find_checkpoint,
@@ -37,7 +43,7 @@ from loops.shared.checkpoint import (
 )
 from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
 from loops.shared.models import ModelConfig, Reference
-from loops.shared.rollout import Engine
+from loops.shared.rollout import Engine, Sampling
 from loops.shared.sharding import (
     Sharding,
     build_accelerator,
@@ -47,8 +53,17 @@ from loops.shared.sharding import (
     read_sharding,
     sharding_line,
 )
-from loops.shared.tracking import SilentTracker, Tracker, printable, start_tracking, without_passwords
+from loops.shared.tracking import (
+    SilentTracker,
+    Tracker,
+    printable,
+    start_tracking,
+    tracker_names,
+    without_passwords,
+)
 from loops.shared.weights import WrongLogits, check_export, export_model, logits_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +110,7 @@ class RunConfig:
     """MLflow experiment, and W&B project; left out, MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT, else `plumbline`."""
     mixed_precision: str = "auto"
     """`no`, `bf16` (autocast around the forward; under fsdp bf16 parameters, and reductions and outputs in fp32), or
-    `auto`: bf16 on a GPU that has it, else no."""
+    `auto`: bf16 where the launcher says it and on a GPU that has it, else no."""
     fsdp: str | dict = field(default_factory=dict)
     """Sharding over processes with FSDP2: the string `full_shard auto_wrap offload`, or a mapping
     (reshard_after_forward, dp_replicate_size, ...: `loops/shared/sharding.py`); empty means none."""
@@ -119,6 +134,11 @@ class RunConfig:
             raise ValueError(
                 f"save_best is {self.save_best!r} and save_steps 0: nothing would be saved; set save_steps."
             )
+        if self.save_best and "/" not in self.save_best:
+            near = self.save_best.replace("_", "/", 1)
+            raise ValueError(f"save_best is {self.save_best!r}, which is no metric: give its path, such as {near}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}.")
         for name in ("heartbeat_timeout", "collective_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number of seconds above 0.")
@@ -150,11 +170,14 @@ class Run:
     folder: Path
     checkpoint: Path | None  # to resume from
     sharding: Sharding | None = None
+    claim: IO | None = None  # of the folder, on the main process
+    earlier: dict | None = None  # identity of the run in the folder, which ended before its first checkpoint
     tracker: Tracker | SilentTracker = field(default_factory=SilentTracker)
     identity: dict = field(default_factory=dict)  # what a checkpoint must agree on for its step to mean the same
     latest: dict[str, float] = field(default_factory=dict)  # newest value of each metric
     pending: dict[str, float] = field(default_factory=dict)  # seconds of what happened since the last row
     logged: dict[str, float] = field(default_factory=dict)  # metrics of the newest row
+    total_steps: int = 0
     engine: Engine | None = None
     stopping: bool = False  # some process was asked to end; all of them know after the step's `reduce`
 
@@ -212,6 +235,9 @@ class Run:
         self.tracker.log(metrics, step)
         self.tracker.progress(step, metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if _is_shown(name, value, metrics))
+        best = self.config.save_best or ""
+        if step == 0 and best.startswith("eval/") and best not in metrics:
+            raise ValueError(f"save_best is {best}, which evaluations do not measure: there are {shown}.")
         if shown:
             self.say(f"step {step}: {shown}")
         for name, value in metrics.items():
@@ -233,6 +259,9 @@ class Run:
         if engine is not None:
             self.engine = engine
             self.on_end(engine.close)
+        values = not self.settings["model"]["from_scratch"]
+        digest = weights_digest(policy, values) if self.accelerator.is_main_process else None
+        self.identity["weights"] = broadcast_object_list([digest])[0]
         prepared = prepare(self.accelerator, policy, optimizer, reference=reference, sharding=self.sharding)
         self.say(sharding_line(self.accelerator, policy, self.sharding))
         for sentence in self.sharding.ignored if self.sharding else ():
@@ -240,32 +269,59 @@ class Run:
         seed_process(self.config.seed, self.accelerator.process_index)
         return prepared
 
-    def open(self, total_steps: int, **sizes: int | str) -> None:
-        """Create the run folder, with the resolved config and provenance, and start the trackers.
+    def open(self, total_steps: int, *, rows: Sequence, **sizes: int | str) -> None:
+        """Create the run folder, with the resolved config and provenance, and start the trackers; of a run that is
+        resumed `load` does that, so that a checkpoint that does not fit changes nothing.
 
-        Called when everything is built, so that bad input writes nothing. sizes: what, with loop and seed, says
-        which rows a step has. Raises ValueError where the checkpoint to resume from is of another run.
+        Called when everything is built, so that bad input writes nothing. rows: the encoded training rows; sizes: what,
+        with loop, seed and rows, says which rows a step has. Raises ValueError where the checkpoint to resume from is
+        of another run; ends the process where the run in the folder has no step left.
         """
-        self.identity = {"loop": self.loop, "seed": self.config.seed, **sizes}
-        step = None
-        if self.checkpoint:
-            state = {"packing_strategy": "step"} | read_state(self.checkpoint)  # which older ones do not name
-            step = state["step"]
-            for name, value in self.identity.items():
-                if state.get(name) != value:
-                    hint = ""
-                    if name == "rows_per_step":
-                        hint = "; on another number of processes set train_batch_size (in GRPO prompts_per_step)"
-                    raise ValueError(
-                        f"{self.checkpoint} has {name} {state.get(name)} and this run {value}: it is of another "
-                        f"run{hint}."
-                    )
-            if step > total_steps:
-                raise ValueError(f"{self.checkpoint} is at step {step}, beyond this run's {total_steps} (max_steps).")
-        elif self.config.resume_from != "none":
-            self.say(f"{self.folder} holds no checkpoint: starting anew")
-        fresh = not self.folder.exists()
+        self.total_steps = total_steps
+        self.identity |= {"loop": self.loop, "seed": self.config.seed, "rows": len(rows), **sizes}
+        self.identity |= {"digest": rows_digest(rows), "mixed_precision": self.accelerator.mixed_precision}
+        self.identity |= settings_of_identity(self.loop, self.settings)
+        if self.checkpoint is None:
+            if self.earlier is not None:
+                refuse_other_run(str(self.folder), self.earlier, self.identity)
+            if self.config.resume_from != "none":
+                self.say(f"{self.folder} holds no checkpoint: starting anew")
+            return self._begin(None)
+        state = {"packing_strategy": "step"} | read_state(self.checkpoint)  # which older ones do not name
+        refuse_other_run(str(self.checkpoint), state, self.identity)
+        if state["step"] > total_steps:
+            raise ValueError(
+                f"{self.checkpoint} is at step {state['step']}, beyond this run's {total_steps} (max_steps)."
+            )
+        exported = read_json(self.folder / "model" / MARK)
+        told = broadcast_object_list([[(self.folder / "model").exists(), exported]])[0]
+        if told[0] and told[1].get("run") != self._mark()["run"]:
+            raise ValueError(f"{self.folder}/model was not written by this run: move it elsewhere, or set output_dir.")
+        if state["step"] == total_steps == told[1].get("step"):
+            self.say(
+                f"{self.folder} is trained to its last step, {total_steps}, and exported: nothing was done; raise "
+                f"max_steps to go on, or export again with python -m launch.export."
+            )
+            self.end(ok=True)
+            raise SystemExit(0)
+        return None
+
+    def _begin(self, step: int | None) -> None:
+        """Write the first files, cut rows past `step` and start the trackers; None: a new run."""
+        fresh = False
         self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            fresh = Path(self.claim.name).parent != self.folder.resolve()
+            with writing_to(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=not fresh)
+                if fresh:
+                    claim, self.claim = self.claim, claim_folder(self.folder)
+                    release_claim(claim)
+                name = f"provenance-{self.checkpoint.name}.json" if self.checkpoint else "provenance.json"
+                text = json.dumps(_provenance(self.accelerator, self.config.seed, self.identity), indent=1)
+                hidden = self.folder / f".{name}"  # a folder with nothing but hidden files is empty
+                hidden.write_text(text + "\n")
+                os.replace(hidden, self.folder / name)
         try:
             self.tracker = start_tracking(
                 self.accelerator,
@@ -277,11 +333,11 @@ class Run:
                 config=self.settings,
                 resume_step=step,
                 logging_steps=self.config.logging_steps,
-                total_steps=total_steps,
+                total_steps=self.total_steps,
             )
         except ValueError:
-            if fresh and self.accelerator.is_main_process:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if fresh:
+                shutil.rmtree(self.folder, ignore_errors=True)  # made above
             raise
         atexit.register(self.tracker.finish, ok=False)  # a run that ends early is marked as failed
         self.on_end(partial(self.tracker.finish, ok=False))
@@ -289,9 +345,6 @@ class Run:
             (self.folder / "config.yaml").write_text(without_passwords(self.resolved))
             if without_passwords(self.resolved) != self.resolved:
                 self.say("passwords in addresses are written nowhere: give them again on resume")
-            name = f"provenance-{self.checkpoint.name}.json" if self.checkpoint else "provenance.json"
-            text = json.dumps(_provenance(self.accelerator, self.config.seed), indent=1)
-            (self.folder / name).write_text(text + "\n")
 
     def load(self, policy: nn.Module, optimizer, scheduler) -> int:
         """Put the checkpoint to resume from back, if there is one; returns the step to go on from."""
@@ -299,9 +352,22 @@ class Run:
         if self.checkpoint is None:
             return 0
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
-        step = load_checkpoint(self.checkpoint, accelerator=self.accelerator, **objects)["step"]
+        state = load_checkpoint(self.checkpoint, accelerator=self.accelerator, **objects)
+        self._begin(state["step"])
         self.say(f"resuming from {self.checkpoint}")
-        return step
+        now = {"steps in total": self.total_steps, **self.settings["optim"]}
+        then = {"steps in total": state.get("total_steps", self.total_steps), **state.get("optim", {})}
+        changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then.get(key, value) != value]
+        if changed:
+            rate = scheduler.get_last_lr()[0]
+            self.say(f"changed: {', '.join(changed)}; from step {state['step'] + 1} on, at a learning rate of {rate:g}")
+        return state["step"]
+
+    def _mark(self) -> dict:
+        """What says in an exported folder that this run wrote it, as JSON gives it back."""
+        compared = {key: value for key, value in self.identity.items() if not key.endswith("_from")}
+        text = json.dumps(compared, sort_keys=True)
+        return {"run": hashlib.sha256(text.encode()).hexdigest(), "step": self.total_steps}
 
     def show_completions(self, prompts, completions, rewards, advantages: list, step: int, last: bool) -> None:
         """A few completions of the first prompt with their rewards (`data.rewards.RewardResult`), in the run folder and
@@ -348,7 +414,10 @@ class Run:
                 optimizer=optimizer,
                 scheduler=scheduler,
                 step=step,
-                state={"step": step, "epoch": epoch, **self.identity, "model": self.settings["model"]},
+                state={
+                    **{"step": step, "epoch": epoch, "total_steps": self.total_steps, **self.identity},
+                    **{part: self.settings[part] for part in ("model", "optim")},
+                },
                 keep=self.config.save_total_limit,
                 best=(name, self.logged[name], greater) if name and name in self.logged else None,
                 extra=extra,
@@ -379,7 +448,7 @@ class Run:
 
     def finish(self, policy: nn.Module, tokenizer, *, merge: bool) -> None:
         """Export the trained model to `model/` in the run folder, and close the trackers."""
-        self.at(-1, "exporting")
+        self.at(self.total_steps, "exporting")
         folder = self.folder / "model"
         card = {
             "base_model": self.settings["model"]["model_id"],
@@ -400,7 +469,13 @@ class Run:
             trained = ModelConfig(**self.settings["model"])
             if reason := check_export(model, partly, expected, trained, self.accelerator):
                 self.say(f"the export was not compared with the policy: {reason}")
-            shutil.rmtree(folder, ignore_errors=True)  # of the same run, resumed when it had ended
+            written = sorted(path.name for path in partly.iterdir())
+            (partly / MARK).write_text(json.dumps({**self._mark(), "files": [*written, MARK]}, indent=1) + "\n")
+            if folder.exists():  # of the same run, resumed when it had ended; what others put there stays
+                for path in folder.iterdir():
+                    if path.name not in read_json(folder / MARK).get("files", []) and path.name not in written:
+                        os.replace(path, partly / path.name)
+                shutil.rmtree(folder, ignore_errors=True)
             os.replace(partly, folder)
         self._wait_for_saver()
         self.end(ok=True)
@@ -424,6 +499,7 @@ class Run:
             self.engine.close()  # a rollout under way would be waited for
         atexit.unregister(self.tracker.finish)
         self.tracker.finish(ok=ok)
+        release_claim(self.claim)
         self.watch.stop()
 
 
@@ -433,14 +509,29 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     loop: name of the loop; resolved: the whole config as YAML; settings: the same as a mapping. Raises ValueError where
     the folder already holds a run that is not to be resumed, and where the launcher's settings contradict the loop's.
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not _samples_with_vllm_here(loop, settings):  # whose sleep cannot work with such memory (pytorch 147851)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _settings.clear()
     _settings.update(settings)
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    precision = config.mixed_precision
-    if precision == "auto":
+    tracker_names(config.report_to, config.mlflow_uri or None)  # refuses what it does not know
+    _check_evaluation(config, settings)
+    precision, launchers = config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision == "auto" and launchers == "bf16":
+        precision = launchers
+    elif precision == "auto":
         precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if launchers not in ("no", precision):
+        raise ValueError(
+            f"mixed_precision is {launchers} in the launcher's settings and {precision} here: give the loop's own "
+            f"mixed_precision (no or bf16), and the launcher the same or no."
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError(
+            "dynamo_backend is set in the launcher, which would compile every shape of a batch: set it to no there; "
+            "compile: true in the loop's config compiles the layers."
+        )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     sharding = _find_sharding(config, loop, processes)
     if sharding is None or processes == 1:  # or accelerate would shard by the launcher's word alone
@@ -454,8 +545,8 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         timeout=group_timeout(config.collective_timeout),
     )
     _check_launcher(accelerator, loop, processes, sharding, precision)
-    if on_cpu and accelerator.num_processes == 1:  # `accelerate launch` sets one thread a process
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if on_cpu and accelerator.num_processes == 1 and not _threads_are_set():
+        torch.set_num_threads(available_cpus())
     set_seed(config.seed)
     _quieten(accelerator.is_main_process)
 
@@ -464,20 +555,237 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
         model_id = settings["model"]["model_id"]
         model = Path(model_id).resolve().name if Path(model_id).exists() else model_id
         folder = Path(config.results_dir, model, config.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(broadcast_object_list([str(folder)])[0])
+    claim, told = None, [str(folder), None, None, False]
+    if accelerator.is_main_process:
+        try:
+            claim, folder, earlier = _take_folder(config, folder)
+            told = [str(folder), None, earlier, any((folder / "checkpoints").glob("[!.]*-step*[0-9]"))]
+        except ValueError as error:
+            told[1] = str(error)
+    name, problem, earlier, saved = broadcast_object_list(told)
+    if problem:
+        raise ValueError(problem)
+    folder = Path(name)
     checkpoint = find_checkpoint(folder, config.resume_from, accelerator=accelerator)
-    own = config.resume_from in ("latest", "best") or (
-        checkpoint and checkpoint.resolve().parent.parent == folder.resolve()
-    )
-    wanted = config.resume_from in ("latest", "best") and checkpoint is None
-    (torn,) = broadcast_object_list([wanted and any((folder / "checkpoints").glob("[!.]*-step*[0-9]"))])
-    if torn:
-        metric = f" or none has {config.save_best}" if config.resume_from == "best" else ""
-        raise ValueError(f"{folder} has checkpoints, but none is whole{metric}; name one by its path, or set none.")
-    (taken,) = broadcast_object_list([folder.exists() and any(folder.iterdir())])
-    if taken and not own:
-        raise ValueError(f"output_dir {folder} already holds files; give another output_dir, or resume_from: latest.")
-    return Run(config, accelerator, loop, resolved, settings, folder, checkpoint, sharding)
+    if checkpoint is None and saved and config.resume_from != "none":
+        best = config.resume_from == "best"
+        why = "is whole and was saved with save_best" if best else "is whole"
+        raise ValueError(f"{folder} has checkpoints, but none {why}; name one by its path, or set none.")
+    if checkpoint is None and earlier == {}:
+        raise ValueError(
+            f"{folder} has no checkpoint to resume from, and starting anew would overwrite what it holds "
+            f"({_contents(folder)}): give another output_dir."
+        )
+    return Run(config, accelerator, loop, resolved, settings, folder, checkpoint, sharding, claim, earlier)
+
+
+def _take_folder(config: RunConfig, folder: Path) -> tuple[IO, Path, dict | None]:
+    """(claim, folder, what it holds of a run that may start anew there: its identity, {} where none may, None where it
+    is empty). A name made from the time gets a number where it is taken.
+
+    Raises ValueError where another process runs there, where it cannot be written, or holds files and is not resumed.
+    """
+    names = [folder]
+    if not (config.output_dir or config.run_name):
+        names += [folder.with_name(f"{folder.name}-{number}") for number in range(2, 100)]
+    wanted, problem = config.resume_from, ""
+    for folder in names:
+        with writing_to(folder):
+            claim, taken = claim_folder(folder), _contents(folder)
+            inside = Path(wanted).resolve().parent.parent == folder.resolve()
+            if claim is None:
+                problem = f"output_dir {folder} is in use by another process: wait for it, or give another one."
+            elif taken and (wanted == "none" or wanted not in ("latest", "best") and not inside):
+                problem = f"output_dir {folder} already holds files ({taken}): give another, or resume_from: latest."
+                release_claim(claim)
+            else:
+                ended = (folder / "model").exists()
+                known = {} if ended else read_json(folder / "provenance.json").get("identity", {})
+                return claim, folder, known if taken else None
+    raise ValueError(problem)
+
+
+def _contents(folder: Path) -> str:
+    """Names of the files in a folder, for messages: none where all are hidden, or a save that was cut off left them."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    empty = (folder / "checkpoints").is_dir() and all(p.name[0] == "." for p in (folder / "checkpoints").iterdir())
+    shown = [name for name in names if name[0] != "." and not (empty and name == "checkpoints")]
+    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
+
+
+def claim_folder(folder: Path) -> IO | None:
+    """An open file that only this process has locked, until it ends, however it does; None where another one has it.
+
+    It lies in the folder, or in the nearest one above that is there. File systems without locks give it to everybody.
+    """
+    folder = folder.resolve()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    name = ".claim" if place == folder else f".claim-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    file = open(place / name, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise BlockingIOError  # its holder is just leaving
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        file.close()
+        return None
+    except OSError:
+        pass
+    atexit.register(release_claim, file)
+    return file
+
+
+def release_claim(claim: IO | None) -> None:
+    """Give a folder back: remove the file, then the lock."""
+    if claim is not None and not claim.closed:
+        Path(claim.name).unlink(missing_ok=True)
+        claim.close()
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Errors of the file system as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written ({error.strerror}): give another one.") from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's mapping; empty where there is none."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+MARK = "run.json"  # in an exported folder: which run wrote it, after which step, which files
+# Settings that a run may change when it is resumed: they cost time or memory only, ...
+FREE = {"gradient_checkpointing", "activation_offloading", "compile", "attn_implementation", "merge_weights"}
+FREE |= {"bnb_4bit_quant_storage", "eval_reward", "precompute_ref_log_probs", "prompts_per_step"}
+# ... or decide what is compared itself: the rows, and the weights and the dtype that training began with.
+OF_WEIGHTS = ("model_id", "revision", "torch_dtype", "from_scratch", "trust_remote_code")
+
+
+def settings_of_identity(loop: str, settings: dict) -> dict:
+    """`decides`: settings that make it another run; `rows_from`, `weights_from`: those that explain other digests."""
+    own = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    model, rollout = settings["model"], settings.get("rollout", {})
+    decides = {**own, **model, **settings.get("reward", {})}
+    if loop == "grpo":
+        decides |= {key: rollout[key] for key in ("num_generations", *vars(Sampling())) if key in rollout}
+    for key in (*FREE, *OF_WEIGHTS, "tokenizer_id"):
+        decides.pop(key, None)
+    unused = ("lora_", "use_", "modules_to_save") if not model["lora_r"] else ()
+    unused += () if model["load_in_4bit"] else ("bnb_",)
+    decides = {key: value for key, value in decides.items() if key == "lora_r" or not key.startswith(unused)}
+    rows = {"tokenizer_id": model["tokenizer_id"], **settings["data"], **settings.get("encode", {})}
+    found = {"decides": decides, "rows_from": rows, "weights_from": {key: model[key] for key in OF_WEIGHTS}}
+    return json.loads(json.dumps(without_passwords(found)))
+
+
+def refuse_other_run(where: str, old: dict, new: dict) -> None:
+    """Raise ValueError, naming what differs, unless a run with the identity `new` may go on from `old`.
+
+    What an older version did not record is not compared.
+    """
+
+    def differing(before: dict, after: dict) -> list[str]:
+        return [f"{k} {before[k]} and this run {v}" for k, v in after.items() if k in before and before[k] != v]
+
+    def pick(identity: dict, *keys: str) -> dict:
+        return {key: identity[key] for key in keys if key in identity}
+
+    sizes = ("loop", "seed", "rows", "packing_strategy", "mixed_precision")
+    found = differing(pick(old, *sizes), pick(new, *sizes)) + differing(old.get("decides", {}), new["decides"])
+    for digest, source, name in (("digest", "rows_from", "dataset_name"), ("weights", "weights_from", "model_id")):
+        if digest in old and old[digest] != new.get(digest):
+            found += differing(old.get(source, {}), new[source])
+            what = "rows" if digest == "digest" else "weights or another config.json"
+            found = found or [f"other {what} in {name} {new[source][name]} than are there now"]
+    if found:
+        raise ValueError(
+            f"{where} has {', '.join(found)}: it is of another run; resume it with its own settings, or start this one "
+            f"in another output_dir."
+        )
+    for words in differing(pick(old, "rows_per_step"), pick(new, "rows_per_step")):
+        key = "prompts_per_step" if new["loop"] == "grpo" else "train_batch_size"
+        raise ValueError(
+            f"{where} has {words}, which has another number of processes or another batch size: set {key}: "
+            f"{old['rows_per_step']} to go on with it."
+        )
+
+
+def rows_digest(rows: Sequence) -> str:
+    """Of encoded rows in their order: token ids, targets, and the columns that rewards read."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for name, value in vars(row).items():
+            if name == "number":  # its place in the data, for messages
+                continue
+            try:
+                part = array("q", value).tobytes()
+            except TypeError:
+                part = json.dumps(value, default=lambda one: type(one).__name__, skipkeys=True).encode()
+            digest.update(b"%d " % len(part) + part)
+    return digest.hexdigest()
+
+
+def weights_digest(model: Any, values: bool) -> str:
+    """Of the model's config and of its weights' names, shapes and dtypes and, with `values`, 64 values of each."""
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key[0] != "_"}
+    for key in ("transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        digest.update(f"{WRAPPERS.sub('', name)} {tuple(weight.shape)} {weight.dtype}".encode())
+        if values and not weight.is_meta:
+            digest.update(flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _samples_with_vllm_here(loop: str, settings: dict) -> bool:
+    """Whether a vLLM in this process will share the GPU with training."""
+    engine = settings.get("rollout", {}).get("engine")
+    found = engine == "vllm" or engine == "auto" and importlib.util.find_spec("vllm") is not None
+    return found and (loop not in ("sft", "dpo") or bool(settings.get("eval_reward")))
+
+
+def _check_evaluation(config: RunConfig, settings: dict) -> None:
+    """Refuse, or name, what asks for evaluations where there are no rows for them."""
+    data = settings["data"]
+    if data["eval_dataset_name"] or data["eval_split_ratio"]:
+        return
+    if (config.save_best or "").startswith("eval/"):
+        raise ValueError(
+            f"save_best is {config.save_best} and there are no evaluation rows: set eval_dataset_name or "
+            f"eval_split_ratio."
+        )
+    if config.eval_steps:
+        logger.warning("eval_steps is %d and there are no evaluation rows: nothing is evaluated", config.eval_steps)
+
+
+def _threads_are_set() -> bool:
+    """Whether somebody chose the number of threads; one a process is the launcher's own choice."""
+    words, before = _launcher_words(), b""
+    if not words:
+        return "OMP_NUM_THREADS" in os.environ
+    with suppress(OSError):
+        before = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    chosen = any(word.partition("=")[0] == "--num_cpu_threads_per_process" for word in words)
+    return chosen or any(line.startswith(b"OMP_NUM_THREADS=") for line in before.split(b"\0"))
+
+
+def available_cpus(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use at once: those it may run on, within its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # version 2, version 1
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((groups / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 def _find_sharding(config: RunConfig, loop: str, processes: int) -> Sharding | None:
@@ -585,10 +893,24 @@ def one_sentence_errors(prog: str) -> Iterator[None]:
     """End with exit code 2 and one sentence for bad input; anything unexpected keeps its traceback.
 
     Bad input is a ValueError or FileNotFoundError raised by this project's own code (not from inside a library) while
-    everything is built: once a step is on the stack, it is a mistake in the code.
+    everything is built: once a step is on the stack, it is a mistake in the code. User code that calls `exit()`
+    ends the run with 1: only this project's own ends have the code 0.
     """
     try:
         yield
+    except SystemExit as stop:
+        frames = traceback.extract_tb(stop.__traceback__)
+        ends = (Path(__file__), Path(__file__).resolve().parents[2] / "configs/loader.py")
+        if stop.code not in (None, 0) or Path(frames[-1].filename).resolve() in ends:
+            raise
+        caller = next(frame for frame in reversed(frames) if not frame.filename.startswith("<frozen"))
+        print(
+            f"{prog}: error: code of the run's own called exit() ({caller.filename} line {caller.lineno}): nothing was "
+            f"exported; let it raise an error.",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(1) from None
     except (ValueError, FileNotFoundError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         house = Path(__file__).resolve().parents[2]
@@ -642,8 +964,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _provenance(accelerator: Accelerator, seed: int) -> dict:
-    """Where this run came from: command, code, packages, machine."""
+def _provenance(accelerator: Accelerator, seed: int, identity: dict) -> dict:
+    """Where this run came from: command, code, packages, machine, and what makes another run another one."""
 
     def git(*words: str) -> str | None:
         try:
@@ -666,4 +988,5 @@ def _provenance(accelerator: Accelerator, seed: int) -> dict:
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
         "platform": platform.platform(),
+        "identity": identity,
     }

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -44,7 +45,7 @@ from loops.shared.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from loops.shared.optim import OptimConfig, build_optimizer, build_schedule
+from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, learning_rate_at
 
 TOTAL, HALF = 6, 3
 CONFIG = OptimConfig(learning_rate=0.05, warmup_steps=2, weight_decay=0.1)
@@ -73,6 +74,8 @@ class Run:
         salt: int = 0,
         dtype=torch.float32,
         optimizer=None,
+        config=CONFIG,
+        total=TOTAL,
     ):
         torch.manual_seed(1)
         model: nn.Module = nn.Sequential(
@@ -88,9 +91,9 @@ class Run:
             fully_shard(model, mesh=init_device_mesh("cpu", (2, count // 2) if kind == "hybrid" else (count,), **names))
         self.accelerator = accelerator
         self.model = model if kind in ("sharded", "hybrid") else accelerator.prepare(model)
-        built = optimizer(self.model.parameters()) if optimizer else build_optimizer(self.model, CONFIG)
+        built = optimizer(self.model.parameters()) if optimizer else build_optimizer(self.model, config)
         self.optimizer = accelerator.prepare(built)
-        self.scheduler = build_schedule(self.optimizer, CONFIG, TOTAL)
+        self.scheduler = build_schedule(self.optimizer, config, total)
         seed = 10 * salt + accelerator.process_index
         random.seed(seed), numpy.random.seed(seed), torch.manual_seed(seed)
 
@@ -196,6 +199,21 @@ def resume_is_exact(accelerator: Accelerator, folder: Path, kind: str, **options
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_resume_is_bit_identical(accelerator: Accelerator, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     resume_is_exact(accelerator, tmp_path, kind, dtype=dtype)
+
+
+def test_a_resumed_run_takes_the_optimizer_settings_it_is_given(accelerator: Accelerator, tmp_path: Path) -> None:
+    """From its first step on: rate, decay and betas of the new config, moments of the checkpoint."""
+    run = Run(accelerator)
+    run.train(HALF)
+    path = run.save(tmp_path, HALF)
+    new = replace(CONFIG, learning_rate=0.01, weight_decay=0.5, adam_beta2=0.9)
+    other = Run(accelerator, config=new, total=2 * TOTAL)
+    other.load(path)
+    rate = learning_rate_at(HALF, new, 2 * TOTAL)
+    assert other.scheduler.get_last_lr() == [rate, rate] != run.scheduler.get_last_lr()
+    for group, decay in zip(other.optimizer.param_groups, (0.5, 0.0), strict=True):
+        assert (group["lr"], group["weight_decay"], group["betas"]) == (rate, decay, (0.9, 0.9))
+    assert_same(run.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"])
 
 
 def test_a_checkpoint_of_an_untrained_run_loads(accelerator: Accelerator, tmp_path: Path) -> None:

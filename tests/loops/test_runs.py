@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.loader import load_config
+from data.chat import Example, Prompt
 from loops import dpo, grpo, sft
 from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
+from loops.shared.run import (
+    RunConfig,
+    available_cpus,
+    claim_folder,
+    one_sentence_errors,
+    refuse_other_run,
+    rows_digest,
+    settings_of_identity,
+    weights_digest,
+)
 from loops.shared.weights import WrongLogits
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -255,6 +267,7 @@ def test_reference_scores_computed_once_are_those_of_every_step(tmp_path):
     rows = {}
     for flag in ("true", "false"):
         options = ["--max_steps", "3", "--precompute_ref_log_probs", flag, "--max_train_samples", "32"]
+        options += ["--save_steps", "3"]
         rows[flag] = run("dpo", tmp_path / flag, *options)
     for once, each in zip(rows["true"], rows["false"], strict=True):
         for name in {"loss/dpo", "reward/margin", "eval/loss"} & once.keys():
@@ -392,3 +405,241 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_one_without_a_
     torn.mkdir(parents=True)
     with pytest.raises(ValueError, match="none is whole"):
         run("sft", tmp_path / "torn", "--max_steps", "1", "--resume_from", "latest")
+
+
+# What belongs to a run: its folder, its rows, its settings
+
+TINY = ["--max_train_samples", "32", "--eval_reward", "null", "--max_eval_samples", "2"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Contents of all files but the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".claim"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_latest_without_a_checkpoint_overwrites_nothing_that_is_not_a_start_of_this_run(tmp_path):
+    """A finished run, a folder that was never a run, and a run that ended before its first checkpoint."""
+    again = ["--max_steps", "1", "--resume_from", "latest", *TINY]
+    run("sft", tmp_path / "run", *again)
+    (tmp_path / "foreign/model").mkdir(parents=True)
+    (tmp_path / "foreign/model/weights").write_text("mine")
+    for name in ("run", "foreign"):
+        before = snapshot(tmp_path / name)
+        with pytest.raises(ValueError, match="no checkpoint to resume from.*output_dir"):
+            run("sft", tmp_path / name, *again, "--learning_rate", "1e-4")
+        assert snapshot(tmp_path / name) == before
+    for path in (tmp_path / "run/model").iterdir():
+        path.unlink()
+    (tmp_path / "run/model").rmdir()  # as if it had been killed
+    with pytest.raises(ValueError, match="seed 42 and this run 7"):
+        run("sft", tmp_path / "run", *again, "--seed", "7")
+    assert len(run("sft", tmp_path / "run", *again)) == 2
+
+
+def test_a_refused_resume_changes_nothing_and_a_finished_one_is_left_alone(tmp_path, capfd):
+    """Refused for a checkpoint that is further than the settings say, for other contents, and for other parameters,
+    which only the loading sees; with no step left nothing is written, and what the user put beside the export stays."""
+    options = ["--save_steps", "1", "--save_total_limit", "0", *TINY]
+    run("sft", tmp_path, "--max_steps", "2", *options)
+    (tmp_path / "model/notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    first = str(next((tmp_path / "checkpoints").glob("*1")))
+    for more, words in (
+        (["--resume_from", "latest", "--max_steps", "1"], "beyond this run's 1"),
+        (["--resume_from", first, "--max_steps", "3", "--loss_type", "dft"], "loss_type nll and this run dft"),
+        (["--resume_from", first, "--max_steps", "3", "--optimizer", "adamw_torch_8bit"], "another optimizer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run("sft", tmp_path, *options, *more)
+        assert snapshot(tmp_path) == before
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run("sft", tmp_path, *options, "--max_steps", "2", "--resume_from", "latest", "--logging_steps", "2")
+    assert ended.value.code == 0 and "nothing was done" in capfd.readouterr().out and snapshot(tmp_path) == before
+    run("sft", tmp_path, *options, "--max_steps", "3", "--resume_from", "latest", "--weight_decay", "0.5")
+    said = capfd.readouterr().out
+    assert "steps in total 2 -> 3" in said and "weight_decay 0.0 -> 0.5" in said and "from step 3 on" in said
+    assert (tmp_path / "model/notes.txt").read_text() == "mine"
+    assert json.loads((tmp_path / "model/run.json").read_text())["step"] == 3
+
+
+def test_rows_and_base_are_compared_by_content(tmp_path):
+    """The same number of other rows is another run, other weights in the same folder too; the same rows in another
+    file are not, nor is a setting that costs only memory."""
+    lines = (HOUSE / "data/quickstart/sft_train.jsonl").read_text().splitlines()[:8]
+    for name, text in (("a", lines), ("same", lines), ("other", [*lines[:-1], lines[0]])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(text) + "\n")
+    base = ["--model_id", str(tmp_path / "base"), "--from_scratch", "false", "--lora_r", "4", "--save_steps", "1"]
+    model = AutoModelForCausalLM.from_pretrained("data/quickstart/model")
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained("data/quickstart/model").save_pretrained(tmp_path / "base")
+
+    def train(rows: str, *more: str) -> list[dict]:
+        return run("sft", tmp_path / "run", *base, "--dataset_name", str(tmp_path / f"{rows}.jsonl"), *more)
+
+    train("a", "--max_steps", "1", "--eval_reward", "null")
+    again = ["--max_steps", "2", "--eval_reward", "null", "--resume_from", "latest"]
+    with pytest.raises(ValueError, match="dataset_name .*a.jsonl and this run .*other.jsonl.*: it is of another run"):
+        train("other", *again)
+    with pytest.raises(ValueError, match="lora_alpha 64.0 and this run 8.0: it is of another run"):
+        train("a", *again, "--lora_alpha", "8")
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 1
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="other weights .* in model_id .*base"):
+        train("a", *again)
+    with torch.no_grad():
+        model.get_input_embeddings().weight -= 1
+    model = AutoModelForCausalLM.from_pretrained("data/quickstart/model")
+    model.save_pretrained(tmp_path / "base")
+    assert len(train("same", *again, "--gradient_checkpointing", "true")) == 2
+
+
+@pytest.mark.parametrize(
+    ("loop", "change", "other"),
+    [
+        ("sft", {"loss_type": "dft"}, True),
+        ("sft", {"eval_reward": "exact_answer"}, False),
+        ("dpo", {"beta": 0.5}, True),
+        ("dpo", {"precompute_ref_log_probs": False}, False),
+        ("grpo", {"scale_rewards": "none"}, True),
+        ("grpo", {"reward": {"reward_functions": "format"}}, True),
+        ("grpo", {"rollout": {"temperature": 0.5}}, True),
+        ("grpo", {"rollout": {"max_decode_batch": 4}}, False),
+        ("dpo", {"rollout": {"temperature": 0.5}}, False),  # evaluates alone
+        ("sft", {"model": {"use_rslora": True}}, True),
+        ("sft", {"model": {"load_in_4bit": True}}, True),
+        ("sft", {"model": {"activation_offloading": True}}, False),
+        ("sft", {"optim": {"weight_decay": 0.5}}, False),
+        ("sft", {"batch": {"packing": False}}, False),
+        ("sft", {"run": {"logging_steps": 5}}, False),
+    ],
+)
+def test_settings_that_decide_the_result_make_another_run_and_others_do_not(loop, change, other):
+    config = LOOPS[loop].Config()
+    new = {k: replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
+    before, after = (settings_of_identity(loop, asdict(one)) for one in (config, replace(config, **new)))
+    (key,) = change.keys() if not isinstance(change[next(iter(change))], dict) else next(iter(change.values()))
+    try:
+        refuse_other_run("x", before, {"loop": loop, **after})
+    except ValueError as error:
+        assert other and f"{key} " in str(error)
+    else:
+        assert not other
+
+
+def test_another_number_of_rows_a_step_is_told_with_the_setting_that_keeps_it():
+    settings = settings_of_identity("sft", asdict(sft.Config()))
+    with pytest.raises(ValueError, match="rows_per_step 64 and this run 32.*set train_batch_size: 64 to go on"):
+        refuse_other_run("x", {"rows_per_step": 64, **settings}, {"loop": "sft", "rows_per_step": 32, **settings})
+
+
+def test_digests_see_order_targets_columns_and_weights():
+    rows = [Example([1, 2], [False, True], 1), Example([3], [True], 2)]
+    digests = [rows, rows[::-1], [replace(rows[0], is_target=[True, True]), rows[1]], [Example([1], [False]), rows[1]]]
+    assert len({rows_digest(one) for one in digests}) == 4
+    assert rows_digest(rows) == rows_digest([replace(row, number=9) for row in rows])
+    prompt = Prompt([1], "one", {"answer": "1", "other": None})
+    assert rows_digest([prompt]) != rows_digest([replace(prompt, columns={"answer": "2", "other": None})])
+    model = AutoModelForCausalLM.from_pretrained("data/quickstart/model")
+    before = [weights_digest(model, values) for values in (True, False)]
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    after = [weights_digest(model, values) for values in (True, False)]
+    assert before[0] != after[0] and before[1] == after[1]
+    model.config.rms_norm_eps *= 2
+    assert weights_digest(model, False) != after[1]
+
+
+CLAIM = "import sys, time; from loops.shared.run import claim_folder; from pathlib import Path\n"
+CLAIM += "print(claim_folder(Path(sys.argv[1])) is not None, flush=True); time.sleep(float(sys.argv[2]))"
+
+
+def test_a_folder_is_claimed_by_one_process_until_it_ends(tmp_path):
+    """Whether the folder is there yet or not; a process that is killed gives it back."""
+    for folder in (tmp_path, tmp_path / "not/there"):
+        words = [sys.executable, "-c", CLAIM, str(folder)]
+        holder = subprocess.Popen([*words, "100"], cwd=HOUSE, stdout=subprocess.PIPE, text=True)
+        assert holder.stdout.readline() == "True\n"
+        assert claim_folder(folder) is None
+        holder.kill()
+        holder.wait()
+        assert subprocess.run([*words, "0"], cwd=HOUSE, capture_output=True, text=True).stdout == "True\n"
+    assert {path.name[:6] for path in tmp_path.iterdir()} <= {".claim"}
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
+    for _ in range(2):
+        AcceleratorState._reset_state(True)
+        options = ["--config", "configs/sft.yaml", "--results_dir", str(tmp_path), "--max_steps", "1", *TINY]
+        sft.main(load_config(sft.Config, options, prog="sft"))
+    names = [path.parent.name for path in sorted(tmp_path.rglob("metrics.jsonl"))]
+    assert sorted(names) == ["sft-20260101-000000", "sft-20260101-000000-2"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/run", tmp_path / ("n" * 300)):
+        with pytest.raises(ValueError, match="output_dir .* cannot be written"):
+            run("sft", folder, "--max_steps", "1")
+    assert "trains" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("leave", [exit, sys.exit])
+def test_user_code_that_exits_is_no_success(leave, capsys):
+    with pytest.raises(SystemExit) as ended, one_sentence_errors("loops/sft.py"):
+        leave()
+    assert ended.value.code == 1 and "exit()" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended, one_sentence_errors("loops/sft.py"):
+        load_config(sft.Config, ["--print_config"], prog="sft")
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision is fp16 in the launcher"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend"),
+    ],
+)
+def test_what_the_launcher_sets_against_the_loop_is_refused(name, value, word, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=word):
+        run("sft", tmp_path / "run", "--max_steps", "1")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"save_best": "eval_loss", "save_steps": 1}, "eval/loss"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(settings, word):
+    with pytest.raises(ValueError, match=word):
+        RunConfig(**settings)
+
+
+def test_a_best_checkpoint_needs_evaluations_that_measure_it(tmp_path):
+    options = ["--max_steps", "1", "--save_steps", "1", "--save_best"]
+    with pytest.raises(ValueError, match="no evaluation rows: set eval_dataset_name"):
+        run("sft", tmp_path / "a", *options, "eval/loss", "--dataset_name", "data/quickstart/sft_train.jsonl")
+    with pytest.raises(ValueError, match="eval/los, which evaluations do not measure: there are .*eval/loss"):
+        run("sft", tmp_path / "b", *options, "eval/los", *TINY)
+
+
+def test_a_containers_quota_bounds_the_threads(tmp_path):
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert available_cpus(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    free = available_cpus(tmp_path)
+    (tmp_path / "cpu.max").unlink()
+    assert free == available_cpus(tmp_path)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert available_cpus(tmp_path) == 1

@@ -27,7 +27,8 @@ class EncodeConfig:
     """How rows become tokens."""
 
     max_seq_length: int = 2048
-    """Longest sequence (prompt and completion) in tokens."""
+    """Longest sequence in tokens: prompt and completion together; where completions are sampled (GRPO, evaluation), the
+    prompt alone, and `max_completion_length` comes on top."""
     long_rows: str = "truncate"
     """What happens to longer rows: truncate (cut the completion's end), drop, or error. Counted and reported."""
     completion_only_loss: bool = True

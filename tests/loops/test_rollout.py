@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     GPTNeoXConfig,
     Lfm2Config,
     LlamaConfig,
@@ -854,3 +855,17 @@ def test_a_mismatch_names_the_worst_token_and_its_likely_cause(cause: str) -> No
     assert explain_mismatch(scored, scored, tokens, limit=0.05) is None
     if cause == "dtype":
         assert f"token {int(tokens[7])} (number 7 of 400)" in sentence
+
+
+def test_completions_that_outgrow_learned_positions_are_refused_before_anything_is_sampled():
+    """GPT-2 has no position after its last; a rotary model computes one."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=16, eos_token_id=None)
+    call = {"n": 1, "seed": 0, "prompt_numbers": [4]}
+    engine = TransformersEngine(AutoModelForCausalLM.from_config(config), None)
+    assert len(engine.sample([[5] * 9], sampling=Sampling(max_completion_length=7), **call)[0][0].token_ids) == 7
+    with pytest.raises(ValueError, match="number 4.* has 9 tokens.*max_completion_length 8 .* 16 positions"):
+        engine.sample([[5] * 9], sampling=Sampling(max_completion_length=8), **call)
+    engine = TransformersEngine(
+        AutoModelForCausalLM.from_config(LlamaConfig(**WIDTHS, max_position_embeddings=16)), None
+    )
+    assert engine.sample([[5] * 9], sampling=Sampling(max_completion_length=8), **call)

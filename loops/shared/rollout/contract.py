@@ -92,9 +92,19 @@ class Sampling:
 
 
 def check_call(
-    prompts: list[list[int]], n: int, sampling: Sampling, prompt_numbers: list[int], *, tokenizer: Any, vocabulary: int
+    prompts: list[list[int]],
+    n: int,
+    sampling: Sampling,
+    prompt_numbers: list[int],
+    *,
+    tokenizer: Any,
+    vocabulary: int,
+    context: tuple[int | None, str],
 ) -> None:
-    """Raise ValueError for arguments of `Engine.sample` that no engine can do; the model has `vocabulary` tokens."""
+    """Raise ValueError for arguments of `Engine.sample` that no engine can do; the model has `vocabulary` tokens.
+
+    context: how many tokens a prompt and its completion may have together (None: any number), and what limits them.
+    """
     if len(prompts) != len(prompt_numbers):
         raise ValueError(f"there are {len(prompts)} prompts and {len(prompt_numbers)} prompt_numbers: give one each.")
     if n < 1:
@@ -102,6 +112,12 @@ def check_call(
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {place} (number {prompt_numbers[place]}) has no tokens: leave it out.")
+        length, limit = sampling.max_completion_length, context[0]
+        if limit is not None and len(prompt) + length > limit:
+            raise ValueError(
+                f"prompt {place} (number {prompt_numbers[place]}) has {len(prompt)} tokens, and with "
+                f"max_completion_length {length} that is more than the {limit} {context[1]}."
+            )
     for token in sampling.stop_token_ids:
         if token >= vocabulary:
             raise ValueError(f"stop_token_ids holds {token}, and the model has {vocabulary} tokens: correct it.")

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import Cache
 
+from loops.shared.policy import learned_positions
 from loops.shared.rollout.cache import PromptCache
 from loops.shared.rollout.contract import Completion, Sampling, SyncReport, check_call, check_transformers_sampling
 from loops.shared.rollout.sampling import (
@@ -79,6 +80,7 @@ class TransformersEngine:
             )
         self._own_stop_token_ids = _own_stop_token_ids(causal_model, tokenizer)
         self._vocabulary = causal_model.config.get_text_config().vocab_size
+        self._positions = learned_positions(model)
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Counts a new version: the policy that trains is the one that samples.
@@ -119,7 +121,9 @@ class TransformersEngine:
             RuntimeError: the policy's log-probabilities are not finite.
         """
         check_transformers_sampling(sampling)
-        check_call(prompts, n, sampling, prompt_numbers, tokenizer=self._tokenizer, vocabulary=self._vocabulary)
+        limit = "positions that the model has learned: lower max_completion_length or max_seq_length"
+        keywords = {"tokenizer": self._tokenizer, "vocabulary": self._vocabulary, "context": (self._positions, limit)}
+        check_call(prompts, n, sampling, prompt_numbers, **keywords)
         with gathered(self._model):  # all processes, those without prompts too
             return self._sample(prompts, n, sampling, seed, prompt_numbers) if prompts else []
 

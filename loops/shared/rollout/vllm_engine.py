@@ -137,7 +137,9 @@ class Served:
         self, prompts: list[list[int]], n: int, sampling: Sampling, prompt_numbers: list[int], max_model_len: int
     ) -> None:
         """Raise ValueError for what would fail on the way, before anything is sent."""
-        check_call(prompts, n, sampling, prompt_numbers, tokenizer=self.tokenizer, vocabulary=self.vocabulary)
+        limit = "that vLLM can hold: shorten one of them, or raise vllm_max_model_len or vllm_kv_cache_gib"
+        keywords = {"tokenizer": self.tokenizer, "vocabulary": self.vocabulary, "context": (max_model_len, limit)}
+        check_call(prompts, n, sampling, prompt_numbers, **keywords)
         check_vllm_sampling(sampling)
         check_masks(sampling, self.tokenizer, device=self.device)
         if (sampling.temperature == 1) != (self.config.temperature == 1) and sampling.temperature != 0:
@@ -152,13 +154,6 @@ class Served:
             )
         if n > self.config.vllm_max_num_seqs:
             raise ValueError(f"n is {n}: ask for at most vllm_max_num_seqs = {self.config.vllm_max_num_seqs}.")
-        for place, prompt in enumerate(prompts):
-            if len(prompt) + sampling.max_completion_length > max_model_len:
-                raise ValueError(
-                    f"prompt {place} (number {prompt_numbers[place]}) has {len(prompt)} tokens, and with "
-                    f"max_completion_length {sampling.max_completion_length} that is more than the {max_model_len} "
-                    "that vLLM can hold: shorten one of them, or raise vllm_max_model_len or vllm_kv_cache_gib."
-                )
 
     def sampling_parameters(self, sampling: Sampling, n: int, seed: int, number: int) -> dict[str, Any]:
         """Arguments of vLLM's SamplingParams for the completions of prompt `number`.

@@ -382,21 +382,23 @@ _NUMBER = (
 _WHOLE_NUMBER = re.compile(rf"(?:[A-Za-z] ?= ?)?([-+]?)({_NUMBER})")
 # A minus right after a letter, digit or closing bracket is an operator, not a sign.
 _NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}])-)?\$?{_NUMBER}")
+_TIMES = r"(?:\\times|\\cdot|[*x\u00d7\u00b7])"
 _SPELLINGS = (
     (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # typographic minus signs
     (re.compile(r"\{,\}"), ","),  # LaTeX's thousands, and the spaces after them
     (re.compile(r"(?<=[0-9,])\\[,!](?=[0-9])|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile(r"\\[$%]|[\u00a3\u20ac]"), lambda found: "%" if found[0] == r"\%" else "$"),  # pound, euro
-    (re.compile(r"(?<=[0-9]) ?(?:\\times|\\cdot|[*\u00d7\u00b7]) ?10\^\{?([-+]?[0-9]{1,4})(?![0-9])\}?"), r"e\1"),
+    (re.compile(rf"(?<=[0-9]) ?{_TIMES} ?10(?:\^|\*\*)\{{?([-+]?[0-9]{{1,4}})(?![0-9])\}}?"), r"e\1"),
 )
-_FUNCTION = r"\\(?:[cdt]?frac|sqrt|log|ln|exp|binom)"
+_FUNCTION = r"\\(?:[cdt]?frac|sqrt|log|ln|exp|binom|pm)"
 # What makes a number a part of something longer: before it, after it, and before the braces that it stands in.
 _JOINED_BEFORE = re.compile(
-    r"[/\u2044^\u221a] ?$|[0-9][,.:'\u2019_]$|[A-Za-z_]-?$|[0-9]-[0-9]{1,2}-$|(?<![0-9])[0-9]{1,3} $"
+    r"[/\u2044^\u221a\u00b1] ?$|[0-9][,.:'\u2019_]$|[A-Za-z_]-?$|[0-9]-[0-9]{1,2}-$|(?<![0-9])[0-9]{1,3} $"
     rf"|{_FUNCTION} ?$"
 )
 _JOINED_AFTER = re.compile(
     r" ?[/\u2044](?! ?[A-Za-z]{2})|\^(?!\\circ|\{\\circ)|_[^_\W]| ?(?:\\pi|\u03c0)|\\(?:[cdt]?frac|sqrt)"
+    r"| (?:hundred|thousand|[mb]illion)"
 )
 _JOINED_BRACES = re.compile(rf"(?:{_FUNCTION}|[\^_}}\]])$")
 
@@ -425,6 +427,8 @@ def _last_number(text: str) -> Decimal | None:
     match = last[0]
     start, end = match.span()
     before, after = text[max(0, start - 12) : start], text[end : end + 12]
+    if re.search(r"[\w)]\*\*$", before) and not after.startswith("**"):  # a power, not markdown
+        return None
     digits = match[0].lstrip("-$")
     grouped = len(digits) == 3 and digits.isdigit()  # else a space before it parts two numbers
     joined = _JOINED_BEFORE.search(before)

@@ -101,7 +101,7 @@ class RunConfig:
     save_async: bool = True
     """Write checkpoints while training goes on; costs a copy of what is saved in host memory."""
     log_completions_steps: int = 0
-    """Steps between two printed tables of sample completions; 0 prints none."""
+    """Steps between two tables of sample completions with their rewards, printed and in completions.jsonl; 0: none."""
     report_to: str | list[str] = "none"
     """Trackers besides metrics.jsonl: any of mlflow, wandb, tensorboard (list or comma list), or none."""
     mlflow_uri: str | None = None

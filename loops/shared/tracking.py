@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl and completions.jsonl always, trackers when asked, a progress bar.
+"""What a run tells about itself: metrics.jsonl always, completions.jsonl and trackers when asked, a progress bar.
 
 `metrics.jsonl` has one JSON object a line: `step` and every metric under its path (`loss/nll`, `time/step`, ...).
 JSON has no word for NaN or infinity: such a value is null, and `nonfinite` in the same row says which it was:

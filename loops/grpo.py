@@ -79,16 +79,16 @@ class Config:
     beta: float = 0.0
     """Weight of the KL to the reference model; 0 builds no reference."""
     kl_estimator: str = "k3"
-    """k2 or k3 (http://joschu.net/blog/kl-approx.html); k1 has no gradient as a loss, so it needs beta 0."""
+    """k2 or k3 (http://joschu.net/blog/kl-approx.html); k1 has no gradient, so it needs beta 0."""
     delta: float | None = None
     """Cap of the ratio where the advantage is negative (two-sided clip), above 1 + epsilon_high."""
     importance_sampling_cap: float = 2.0
     """Tokens of another engine, or of older weights, count min(policy / sampler, this) times; 0: all alike."""
     scale_rewards: str | bool = "group"
-    """Advantages are divided by the standard deviation of their group, of the whole batch, or by none
-    (true and false are older spellings of group and none)."""
+    """Advantages are divided by the standard deviation of their group, of the whole batch, or by
+    none (true and false are older spellings of group and none)."""
     num_iterations: int = 1
-    """Updates on the rollouts of one step; max_steps, warmup_steps and all other steps count sets of rollouts."""
+    """Updates on one set of rollouts; max_steps, warmup_steps and other steps count the sets."""
     mask_truncated_completions: bool = False
     """Leave completions that hit max_completion_length out of the loss (they still count in their group's mean)."""
     eval_reward: str | None = "exact_answer"
@@ -154,7 +154,7 @@ def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
 
 
 def compare_rewards(share, config, accelerator, guard):
-    """(completions [B], their rewards, advantages [B], sums) of this process, from the rewards of all processes."""
+    """(completions [B], their rewards, advantages [B], sums) of this process, from all rewards."""
     completions = [completion for group in share.groups for completion in group]  # B
     result = join_results(share.verdicts)
     totals = gather_object([result.total])  # one list a process
@@ -176,7 +176,7 @@ def in_loss(completion, config):
 def build_microbatches(prompts, completions, advantages, config, accelerator):
     """Packed micro-batches of (batch, advantages [B], sampler's log-probabilities [B, T]); as many on every process.
 
-    Completions outside the loss are not computed, nor are those without an advantage, unless a KL term needs them.
+    Completions outside the loss are not computed, nor those without an advantage if beta is 0.
     """
     asked = [prompt.prompt_ids for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
     kept = [b for b, c in enumerate(completions) if in_loss(c, config) and (advantages[b] != 0 or config.beta != 0)]
@@ -205,8 +205,8 @@ def train_step(
     policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard, *,
     off_policy=False,
 ):  # fmt: skip
-    """`num_iterations` updates on one set of rollouts, all at the step's learning rate: (sums of metrics,
-    log-probabilities [B, T] before). off_policy: whether something else than the policy sampled (the engine says)."""
+    """`num_iterations` updates on one set of rollouts, all at the step's learning rate: (sums of
+    metrics, log-probabilities [B, T] before). off_policy: the engine's own word."""
     sums, old, frozen, temperature = {}, {}, {}, config.rollout.temperature
     for iteration in range(config.num_iterations):
         for number, (batch, advantages, sampled) in enumerate(microbatches):
@@ -235,7 +235,7 @@ def train_step(
             optimizer.step()
             sums["optim/unchanged"] = (sample_weights(optimizer) == before).double().mean()
         optimizer.zero_grad()
-    scheduler.step()  # once per step, whatever num_iterations is: warmup_steps and max_steps count the same
+    scheduler.step()  # once per step: warmup_steps and max_steps count the same thing
     return sums, old
 
 

@@ -17,10 +17,12 @@ from typing import Any, TypeVar, get_type_hints
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from configs.spellings import COMPUTED, NOTES, OVERRIDES, REFUSED, RENAMED, SECTION_VALUES, Values
-from configs.text import dump_yaml, read_file, typed
+from configs.text import dump_yaml, expanded, read_file, typed
 
 ConfigType = TypeVar("ConfigType")
 COMMAND_LINE = "the command line"
+PATHS = ("output_dir", "results_dir", "resume_from", "model_id", "tokenizer_id", "dataset_name", "eval_dataset_name")
+PATHS += ("sync_dir",)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def _read_layer(
             raise ValueError(f"{source}: `{spelled[name]}` and `{written}` both set `{name}`: keep one of them.")
         spelled[name] = written
         layer[name] = typed(value, leaves[name].type, f"{source}: `{written}`")
+        if name in PATHS and isinstance(layer[name], str):
+            layer[name] = expanded(layer[name], f"{source}: `{written}`")
 
     for written, value in pairs:
         section, _, key = written.rpartition(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from argparse import ArgumentError
 from pathlib import Path
@@ -37,6 +38,14 @@ def read_file(path: str) -> list[tuple[str, Any]]:
 def dump_yaml(values: dict[str, Any]) -> str:
     """YAML that `read_file` reads back as equal values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def expanded(path: str, where: str) -> str:
+    """A path with `~` and `$NAME` as a shell reads them; ValueError, beginning with `where`, for an unset variable."""
+    found = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$\w+|\$\{\w+\}", found):
+        raise ValueError(f"{where} is {path}, and {unset[0]} is not set in the environment: set it, or write the path.")
+    return found
 
 
 def typed(value: Any, type_: Any, where: str) -> Any:

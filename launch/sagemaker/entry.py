@@ -351,6 +351,11 @@ def main(argv: list[str] | None = None) -> int:
     if outcome.signals:
         say(f"stopped by a signal after {seconds:.0f} s; the next job with these checkpoints goes on from there")
         return STOPPED
+    if outcome.code == 0 and cluster.rank == 0:  # the other hosts have no model
+        text = f"{script} ended with exit code 0 and left no model in {run / 'model'}; {last_words(outcome.tail)}"
+        leave_failure(text, places.failure)
+        say(f"failed after {seconds:.0f} s: {text.splitlines()[0]}")
+        return 1
     if outcome.code:
         text = f"{script} ended with exit code {outcome.code} and no error of its own; {last_words(outcome.tail)}"
         leave_failure(text, places.failure)

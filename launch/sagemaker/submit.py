@@ -147,6 +147,7 @@ def submit(
                 environment=environment,
                 role=role,
                 session=session,
+                channels=channels,
             )
             inputs = [InputData(channel_name=name, data_source=place) for name, place in channels.items()]
             trainer.train(input_data_config=inputs, wait=False, logs=False)

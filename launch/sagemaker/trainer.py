@@ -53,6 +53,7 @@ def build_trainer(
     environment: Mapping[str, str],
     role: str,
     session: boto3.Session,
+    channels: Mapping[str, Any] | None = None,
 ) -> ModelTrainer:
     """The trainer for code that is staged in `folder`; `configs` are paths inside of it.
 
@@ -111,7 +112,8 @@ def build_trainer(
         output_data_config=OutputDataConfig(s3_output_path=f"{root}/output", compression_type="NONE"),
         # A job finds there what a run of the same name and settings left, and never the state of another one.
         checkpoint_config=CheckpointConfig(
-            s3_uri=f"{root}/checkpoints/{run}-{fingerprint(loop, folder, configs, hyperparameters)}",
+            s3_uri=f"{root}/checkpoints/{run}-"
+            + fingerprint(loop, folder, configs, hyperparameters, channels, settings.include),
             local_path=str(find_places().checkpoints),
         ),
         networking=Networking(
@@ -141,12 +143,30 @@ def metric_pattern(name: str) -> str:
     return f"{name}[= ]([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)"
 
 
-def fingerprint(loop: str, folder: str, configs: Sequence[str], hyperparameters: Mapping[str, Any]) -> str:
-    """Eight characters that differ where the loop, its config files or its hyperparameters do."""
+def fingerprint(
+    loop: str,
+    folder: str,
+    configs: Sequence[str],
+    hyperparameters: Mapping[str, Any],
+    channels: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+) -> str:
+    """Eight characters that differ where the loop, its config files, its hyperparameters, its channels (by contents,
+    where they are files of this machine) or the included files do."""
     digest = hashlib.sha256(loop.encode())
     for path in configs:
         digest.update(Path(folder, path).read_bytes())
     digest.update(repr(sorted(encode_hyperparameters(hyperparameters).items())).encode())
+    sources = [*sorted((channels or {}).items()), *((Path(own).resolve().name, str(own)) for own in sorted(include))]
+    for name, source in sources:
+        local = isinstance(source, str) and not source.startswith("s3://")
+        root = Path(source).expanduser() if local else Path()
+        files = [path for path in sorted(root.rglob("*")) if path.is_file()] if local else []
+        files = [root] if local and root.is_file() else files
+        digest.update(f"{name} {'' if local else source}".encode())
+        for path in files:
+            if "__pycache__" not in path.parts:
+                digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:8]
 
 

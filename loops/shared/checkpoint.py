@@ -11,6 +11,7 @@ and `find_checkpoint` knows it; the oldest are removed only after the rename.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -492,6 +493,8 @@ def not_saved(job: _Job, error: BaseException) -> BaseException:
         return error
     parent = next(path for path in (job.final.parent, *job.final.parent.parents) if path.exists())
     free, needed = shutil.disk_usage(parent).free / 2**20, job.bytes / 2**20
+    if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and free > needed:
+        return NotSaved(f"{job.final} was not saved ({cause}); the checkpoint before it, if any, stays.")
     return NotSaved(
         f"{job.final} was not saved ({cause.strerror or cause}): it needs {needed:.1f} MiB and {free:.1f} MiB are free "
         f"on its disk; the checkpoint before it stays; free some space, or lower save_total_limit."

@@ -110,6 +110,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files all have the size it says; else ValueError with what is wrong."""
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint {path}: set resume_from to latest, none or a checkpoint folder.")
+    if not (path / MANIFEST).is_file() and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is a run folder and no checkpoint: set output_dir to it and resume_from to latest, or name one of "
+            f"{path / 'checkpoints'}."
+        )
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} is not a whole checkpoint: it has no {MANIFEST}.")
     try:
@@ -118,6 +123,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a whole checkpoint: its {MANIFEST} is not JSON ({error}).") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this program: its {MANIFEST} does not say {FORMAT}.")
+    missing = {"files", "saved_at", "step", "world_size", "device"} - manifest.keys()
+    if missing or not isinstance(manifest["files"], dict):
+        raise ValueError(f"{path} is not a whole checkpoint: its {MANIFEST} lacks {', '.join(sorted(missing))}.")
     for name, (size, _) in manifest["files"].items():
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a whole checkpoint: {name} is missing.")
@@ -204,16 +212,25 @@ def read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
         distributed_checkpoint.load(dict(targets), storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a folder, or a link to one without what it points to."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
 def clear_leftovers(parent: Path) -> None:
-    """Remove what saves that were cut off left behind; what one of them was replacing goes back to its place."""
-    for old in parent.glob(f"{REPLACED}*"):
-        final = parent / old.name.removeprefix(REPLACED)
-        if final.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, final)
-    for left_over in parent.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(left_over)
+    """Remove what saves that were cut off left behind; what one of them was replacing goes back to its place.
+
+    What cannot be removed is named in a warning and stays: tidying must not cost a save.
+    """
+    for left_over in (*parent.glob(f"{REPLACED}*"), *parent.glob(f"{TEMPORARY}*")):
+        final = parent / left_over.name.removeprefix(REPLACED)
+        try:
+            if left_over.name.startswith(REPLACED) and not final.exists():
+                os.replace(left_over, final)
+            else:
+                remove(left_over)
+        except OSError as error:
+            logger.warning("%s is not needed any more and cannot be removed: %s", left_over, error)
 
 
 def prune(parent: Path, keep: int) -> None:
@@ -225,7 +242,7 @@ def prune(parent: Path, keep: int) -> None:
             continue
         try:
             os.replace(path, path.parent / (TEMPORARY + path.name))  # gone at once, whatever happens next
-            shutil.rmtree(path.parent / (TEMPORARY + path.name))
+            remove(path.parent / (TEMPORARY + path.name))
         except OSError as error:
             logger.warning("%s is not needed any more and cannot be removed: %s", path, error)
 

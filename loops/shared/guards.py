@@ -92,9 +92,8 @@ class StopRequest:
         self._writer.setblocking(False)
         self._previous = signal.signal(signal.SIGTERM, self._on_signal)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        hold = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM})
-        free = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGTERM})
-        os.register_at_fork(before=hold, after_in_parent=free, after_in_child=self._in_child)
+        hold, free = partial(self._mask, signal.SIG_BLOCK), partial(self._mask, signal.SIG_UNBLOCK)
+        os.register_at_fork(before=hold, after_in_parent=free, after_in_child=self._in_child)  # they stay for ever
         threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
 
     def remove(self) -> None:
@@ -105,13 +104,17 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)  # None: it was not set from Python
             self._writer.close()  # ends the listener
 
+    def _mask(self, how: int) -> None:
+        if self._installed:
+            signal.pthread_sigmask(how, {signal.SIGTERM})
+
     def _in_child(self) -> None:
         """A forked worker ends on SIGTERM as ever, and wakes nobody here."""
         if self._installed:
-            self._installed = False
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one that came since the fork acts now
+            self._mask(signal.SIG_UNBLOCK)  # one that came since the fork acts now
+            self._installed = False
 
     def _again(self) -> bool:
         """Whether a signal is a second wish. One that comes at once is the launcher's, which passes on what all

@@ -11,6 +11,7 @@ import pytest
 
 from configs.loader import dump_config, flat_values, format_help, load_config
 from configs.spellings import COMPUTED, NOTES, REFUSED, RENAMED
+from loops import sft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +269,21 @@ def test_text_becomes_the_type_of_its_field(argv, expected):
 def test_text_stays_text_where_text_is_asked(text):
     """YAML would read `### Question` as nothing and `[1, 2]` as a list."""
     assert changed("--input_template", text) == {"input_template": text}
+
+
+def test_paths_are_read_as_a_shell_reads_them(monkeypatch, write, capsys):
+    """In every key that names a folder or file of the loops, from a file and from the command line."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    file = write("output_dir: ~/x\ndataset_name: $RUNS/rows.jsonl\n")
+    words = ["--config", file, "--resume_from=~/x/checkpoints/a", "--model_id", "${RUNS}/model"]
+    run = load_config(sft.Config, words, prog="loop")
+    assert (run.run.output_dir, run.run.resume_from) == ("/home/me/x", "/home/me/x/checkpoints/a")
+    assert (run.data.dataset_name, run.model.model_id) == ("/runs/rows.jsonl", "/runs/model")
+    with pytest.raises(SystemExit):
+        load_config(sft.Config, ["--output_dir", "$NOWHERE/x"], prog="loop")
+    assert "`output_dir` is $NOWHERE/x, and $NOWHERE is not set" in capsys.readouterr().err
 
 
 def test_yaml_words_and_numbers_are_those_of_yaml_1_2(write):

@@ -491,6 +491,14 @@ def test_a_rank_that_dies_without_a_word_is_told_by_its_last_lines(tmp_path):
     assert "exit code 9" in text and text.endswith("out of luck") and len(text) <= FAILURE_LENGTH
 
 
+def test_a_job_without_a_model_is_no_success(tmp_path):
+    """Such as one whose reward calls exit()."""
+    write_job(tmp_path)
+    job = start_entry(tmp_path, "print('bye', file=sys.stderr)\nsys.exit(0)\n", "--", str(tmp_path / "grpo.py"))
+    assert job.communicate(timeout=30) and job.returncode == 1
+    assert "left no model" in (tmp_path / "output/failure").read_text()
+
+
 def test_bad_settings_end_the_job_before_anything_starts(tmp_path):
     write_job(tmp_path)
     job = start_entry(tmp_path, ENDS, "--", str(tmp_path / "grpo.py"), PLUMBLINE_PROCESSES="many")

@@ -468,6 +468,18 @@ def test_a_run_finds_its_own_checkpoints_and_no_other_runs(tmp_path):
     assert re.fullmatch("[0-9a-f]{8}", same) and same == mark("sft", "a.yaml", seed=1, lora_r=8)
     others = [mark("dpo", "a.yaml", lora_r=8, seed=1), mark("sft", "b.yaml", lora_r=8, seed=1), mark("sft", "a.yaml")]
     assert len({same, *others}) == 4
+    own, rows = tmp_path / "own.py", tmp_path / "rows"
+    rows.mkdir()
+
+    def fed(training: str, text: str, row: str) -> str:
+        own.write_text(text)
+        (rows / "a.jsonl").write_text(row)
+        return fingerprint("sft", str(tmp_path), ["a.yaml"], {}, {"training": training}, [str(own)])
+
+    assert all(fed(place, "1", "") == fed(place, "1", "") for place in ("s3://b/one/", str(rows)))
+    cases = [("s3://b/one/", "1", ""), ("s3://b/two/", "1", ""), ("s3://b/one/", "2", "")]
+    cases += [(str(rows), "1", "x"), (str(rows), "1", "y")]
+    assert len({fed(*case) for case in cases}) == 5
 
 
 @SDK

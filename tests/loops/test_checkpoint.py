@@ -230,6 +230,54 @@ def test_name_shows_kind_epoch_and_step(accelerator: Accelerator, tmp_path: Path
     assert Run(accelerator, kind="lora").save(tmp_path, 12, epoch=2).name == "lora-epoch02-step000012"
 
 
+def test_what_cannot_be_tidied_away_costs_no_save(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    """A checkpoint that was moved to another disk, with a link in its place, and a leftover that somebody holds."""
+    run = Run(accelerator)
+    first = run.save(tmp_path, 1)
+    shutil.move(first, tmp_path / "far")
+    first.symlink_to(tmp_path / "far")
+    held = tmp_path / "checkpoints/.tmp-held"
+    held.mkdir()
+    remove = shutil.rmtree
+
+    def refuse(path, *more, **named):
+        if Path(path) == held:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        remove(path, *more, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (2, 3):
+        path = run.save(tmp_path, step, keep=1)
+        assert find_checkpoint(tmp_path, "latest") == path
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {path.name, held.name}
+    assert (tmp_path / "far/manifest.json").exists() and "cannot be removed" in caplog.text
+
+
+def test_only_a_full_disk_is_told_as_one(accelerator: Accelerator, tmp_path: Path, monkeypatch) -> None:
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(NotSaved, match="Input/output error") as caught:
+        Run(accelerator).save(tmp_path, 1)
+    assert "free" not in str(caught.value)
+
+
+def test_a_manifest_that_lacks_a_part_is_passed_over_and_a_run_folder_is_no_checkpoint(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    run = Run(accelerator)
+    good, bad = run.save(tmp_path, 1), run.save(tmp_path, 2)
+    manifest = json.loads((bad / "manifest.json").read_text())
+    for key in ("files", "saved_at"):
+        (bad / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
+        assert find_checkpoint(tmp_path, "latest") == good
+    with pytest.raises(ValueError, match="is a run folder.*latest"):
+        find_checkpoint(tmp_path, str(tmp_path))
+
+
 def test_a_frozen_base_is_not_written(accelerator: Accelerator, tmp_path: Path) -> None:
     run = Run(accelerator, kind="lora")
     names = read_weights(run.save(tmp_path, 1)).keys()

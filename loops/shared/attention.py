@@ -211,7 +211,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a packed batch ([1, N, Q, D]); without a `layout`, transformers' sdpa attention.
 
-    Raises RuntimeError for what a packed batch does not carry: position biases, bidirectional layers.
+    Raises RuntimeError for what a packed batch does not carry: bidirectional layers, keywords of another meaning.
     """
     if softcap is None and s_aux is None:
         query, scaling = _scaled_first(query, scaling)
@@ -225,12 +225,11 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if (
-        kwargs.get("position_bias") is not None
-        or kwargs.get("is_causal") is False
-        or not getattr(module, "is_causal", True)
-    ):
-        raise RuntimeError(f"{type(module).__name__} uses a position bias or is not causal")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise RuntimeError(f"{type(module).__name__} is not causal")
+    for name, given in kwargs.items():  # position biases, keys chosen by an indexer (DeepSeek-V3.2), ...
+        if isinstance(given, Tensor) and name not in ("position_ids", "cache_position"):
+            raise RuntimeError(f"{type(module).__name__} calls its attention with {name}")
     layout.calls += 1
     window = _window(module, sliding_window)
     if torch.is_autocast_enabled(query.device.type):  # fp32 norms leave queries and keys wider than autocast's dtype

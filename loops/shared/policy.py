@@ -271,6 +271,7 @@ def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = Fal
         check_causal(model, batch.to(device), compute_dtype=dtype)
     if not wanted:
         return False
+    own_attention = base_model(model).config._attn_implementation
     try:
         enable_packing(model)
     except NotPackable as error:
@@ -283,6 +284,8 @@ def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = Fal
         difference, reason = self_check(model, batch.to(device), compute_dtype=dtype)
     if torch.distributed.is_initialized():
         (reason,) = broadcast_object_list([reason])
+    if reason:  # some models leave to an attention that they do not know what they do themselves for their own
+        base_model(model).set_attn_implementation(own_attention)
     say(
         f"packing: off, {reason}"
         if reason

@@ -20,6 +20,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -404,8 +405,13 @@ def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> 
     """
     per_epoch = steps_per_epoch(num_rows, rows_per_step)
     epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    order = _permutation(num_rows, seed * 1_000_003 + epoch)
     return order[place * rows_per_step : (place + 1) * rows_per_step].tolist()
+
+
+@lru_cache(maxsize=2)  # the epoch's, and the next one's where sampling runs ahead
+def _permutation(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:

@@ -79,7 +79,8 @@ class RunConfig:
     seed: int = 42
     """One seed for initial weights, order of rows, dropout and sampling."""
     resume_from: str = "none"
-    """`none`, `latest` (newest checkpoint of the run folder, or a new start), `best` (by `save_best`), or a path."""
+    """`none`, `latest` (newest checkpoint of the run folder; a new start where the folder is empty, or holds a start of
+    this very run that ended before its first checkpoint), `best` (by `save_best`), or a path."""
     num_train_epochs: float = 1.0
     """Passes over the training rows; ignored when `max_steps` is above 0."""
     max_steps: int = 0

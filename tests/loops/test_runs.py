@@ -1,6 +1,7 @@
 """The loops from end to end on the quickstart's rows: they run, resume to the same bytes, export, refuse bad input."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from loops import dpo, grpo, sft
 from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
 from loops.shared.run import (
     RunConfig,
+    _samples_with_vllm_here,
     available_cpus,
     claim_folder,
     one_sentence_errors,
@@ -643,3 +645,23 @@ def test_a_containers_quota_bounds_the_threads(tmp_path):
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
     assert available_cpus(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("engine", "loop", "reward", "set_"), [
+    ("vllm", "grpo", "x", False),
+    ("transformers", "grpo", "x", True),
+    ("vllm-server", "grpo", "x", True),
+    ("vllm", "sft", "x", False),
+    ("vllm", "sft", None, True),
+])  # fmt: skip
+def test_an_allocator_that_vllms_sleep_cannot_use_is_not_set_beside_it(engine, loop, reward, set_):
+    assert _samples_with_vllm_here(loop, {"rollout": {"engine": engine}, "eval_reward": reward}) != set_
+
+
+def test_threads_that_the_user_chose_stay(tmp_path):
+    """With OMP_NUM_THREADS=1 a run on one process has one thread, whatever the machine has."""
+    words = ["loops/sft.py", "--config", "configs/sft.yaml", "--max_steps", "1", *TINY, "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=HOUSE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "provenance.json").read_text())["threads"] == 1

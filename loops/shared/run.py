@@ -353,7 +353,8 @@ class Run:
         if self.checkpoint is None:
             return 0
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
-        state = load_checkpoint(self.checkpoint, accelerator=self.accelerator, **objects)
+        checked = self.config.resume_from in ("latest", "best")
+        state = load_checkpoint(self.checkpoint, accelerator=self.accelerator, checked=checked, **objects)
         self._begin(state["step"])
         self.say(f"resuming from {self.checkpoint}")
         now = {"steps in total": self.total_steps, **self.settings["optim"]}

@@ -106,6 +106,8 @@ class EncodeReport:
     unusable: int = 0
     """Dropped: nothing to train on, or chosen and rejected do not differ or have no prompt in common."""
     max_seq_length: int = 0
+    notes: list[str] = field(default_factory=list)
+    """What reading the rows found: their files, and what was parsed, left out or met twice."""
 
     def __str__(self) -> str:
         parts = [f"{self.what}: {self.kept} of {self.rows} rows kept"]
@@ -115,7 +117,7 @@ class EncodeReport:
             parts.append(f"{self.too_long} dropped as longer than {self.max_seq_length} tokens")
         if self.unusable:
             parts.append(f"{self.unusable} dropped with nothing to learn from")
-        return ", ".join(parts)
+        return "; ".join([", ".join(parts), *self.notes])
 
 
 def encode_rows(
@@ -131,7 +133,8 @@ def encode_rows(
     Raises:
         ValueError: a row cannot be used (its number, counting from 1, stands in front), or no row was kept.
     """
-    report = EncodeReport(what=what, rows=len(rows), max_seq_length=config.max_seq_length)
+    notes = list(getattr(rows, "notes", ()))  # of data/load.py's Rows
+    report = EncodeReport(what=what, rows=len(rows), max_seq_length=config.max_seq_length, notes=notes)
     kept: list[Encoded] = []
     for number, row in enumerate(rows, start=1):
         try:

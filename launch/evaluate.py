@@ -29,7 +29,7 @@ from accelerate.utils import gather_object
 
 from configs.loader import dump_config, load_config
 from data.chat import EncodeConfig, Prompt, encode_example, encode_prompt, encode_rows
-from data.load import DATASETS_READERS, JSON_SUFFIXES, DataConfig, convert_rows, load_rows, read_rows
+from data.load import DataConfig, convert_rows, load_rows, read_rows
 from data.rewards import RewardConfig, build_rewards, judge_completions
 from launch.export import Trained, find_trained, rebuild_policy, run_folder_of
 from loops import dpo, grpo, sft
@@ -133,12 +133,8 @@ def evaluation_rows(config: Config) -> list[dict[str, Any]]:
     name, split = data.dataset_name, data.dataset_split
     if data.eval_dataset_name:
         name, split = data.eval_dataset_name, data.eval_dataset_split
-        suffixes = (*JSON_SUFFIXES, *DATASETS_READERS)
-        files = [path for path in Path(name).glob("*") if path.suffix in suffixes]
-        if len(files) == 1:  # a channel's folder with one file, whatever it is called
-            name = str(files[0])
     subset = data.dataset_config if name == data.dataset_name else None
-    rows = read_rows(name, split, subset, key="dataset_name")
+    rows = read_rows(name, split, subset, key="eval_dataset_name" if data.eval_dataset_name else "dataset_name")
     return convert_rows(rows, data, name, limit=data.max_eval_samples)
 
 

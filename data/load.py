@@ -146,10 +146,10 @@ def load_rows(config: DataConfig, *, seed: int) -> tuple[list[Row], list[Row] | 
     return train, evaluation
 
 
-def _identity(row: Row) -> str:
-    """What a loop reads of a row, as text: two rows of one text are the same to it."""
+def _identity(row: Row) -> int:
+    """A number for what a loop reads of a row: rows of one number are the same to it."""
     read = {name: row[name] for name in (*COLUMNS, "text", "tools") if row.get(name) is not None}
-    return json.dumps(read or row, sort_keys=True, default=str)
+    return hash(json.dumps(read or row, sort_keys=True, default=str))
 
 
 # Reading
@@ -297,13 +297,19 @@ def _read_csv(path: Path, delimiter: str) -> list[Row]:
 
 
 def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    where = f"{path} line {line}" if line else str(path)
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         where = f"{path} line {line or error.lineno}"
         raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 20, 0) : error.end]
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no character, in {near!r}.") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets 2,000 deep
-        where = f"{path} line {line}" if line else str(path)
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
         raise ValueError(f"{where} cannot be read as JSON: {reason}.") from error
 
@@ -336,7 +342,7 @@ def _read_json(path: Path, split: str, key: str) -> tuple[list[Row], bool]:
     if isinstance(content, dict):
         lists = {name: value for name, value in content.items() if _is_rows(value)}
         cells = list(content.values())
-        if cells and all(isinstance(value, dict) and value.keys() == cells[0].keys() for value in cells):
+        if all(isinstance(value, dict) and value and all(map(str.isdigit, value)) for value in cells):
             cells = [list(value.values()) for value in cells]  # as pandas writes them: column, row number, value
         if all(isinstance(value, list) and len(value) == len(cells[0]) for value in cells) and (
             len(lists) < len(content) and not any(map(_is_conversation, cells))
@@ -345,10 +351,10 @@ def _read_json(path: Path, split: str, key: str) -> tuple[list[Row], bool]:
         elif not lists or content.keys() & {*COLUMNS, "text", "conversations", "instruction", "input", "question"}:
             content = [content]
         else:
-            name = split if split in lists else _only_split(list(lists), split)
+            name = _find_split(list(lists), split)
             if name is None:
                 raise ValueError(f"{key} names {path}, which has no split {split}; it has {_listed(lists)}.")
-            return lists[name], name == split
+            return lists[name], _split_name(name) == _split_name(split)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(f"{path} must hold a list of JSON objects, one a row.")
     return content, False
@@ -366,15 +372,17 @@ def _is_conversation(value: Any) -> bool:
     return bool(speakers) and all(isinstance(name, str) for name in speakers) and any(map(_role, speakers))
 
 
-def _only_split(found: list[str], split: str, own: str = "") -> str | None:
-    """The one of `found` (names of splits, or others) that answers for `split` although it is not called so.
+def _find_split(found: list[str], split: str, own: str = "") -> str | None:
+    """The one of `found` that is `split`: of this name, of a name of the same meaning, or the only one.
 
-    It is the only one, and its name is no split's, or is another evaluation split where `test` (the default) is
-    wanted, or the folder's own name (`own`) is.
+    The only one may not be of another split, unless the folder's own name (`own`) says `split`; but `validation` will
+    do for `test`, which is the default.
     """
-    if len(found) != 1:
-        return None
-    wanted, name = _split_name(split), own if own in SPLIT_WORDS else _split_name(found[0])
+    wanted = _split_name(split)
+    named = [name for name in found if name == split] or [name for name in found if _split_name(name) == wanted]
+    if named or len(found) != 1:
+        return named[0] if named else None
+    name = own if own in SPLIT_WORDS else _split_name(found[0])
     other = name in SPLIT_WORDS and name != wanted and (name, wanted) != ("validation", "test")
     return found[0] if found[0] == "" or not other else None
 
@@ -409,9 +417,10 @@ def _read_folder(folder: Path, split: str, key: str) -> Rows:
 
         saved = load_from_disk(str(folder))
         if isinstance(saved, DatasetDict):
-            if split not in saved:
+            name = _find_split(list(saved), split, _split_name(folder.name))
+            if name is None:
                 raise ValueError(f"{key} names {folder}, which has no split {split}; it has {_listed(saved)}.")
-            saved = saved[split]
+            saved = saved[name]
         return Rows(map(_without_filled, saved))
     wanted = _split_name(split)
     splits: dict[str, list[Path]] = {}
@@ -427,7 +436,7 @@ def _read_folder(folder: Path, split: str, key: str) -> Rows:
             f"{key} names the folder {folder}, which holds {_shortened(unread, folder)}: files of this type are not"
             " read; unpack them, or move them out of the folder."
         )
-    name = wanted if wanted in splits else _only_split(list(splits), split, _split_name(folder.name))
+    name = _find_split(list(splits), split, _split_name(folder.name))
     if name is None:
         found = _listed(name or "files without a split in their names" for name in splits)
         raise ValueError(
@@ -591,7 +600,7 @@ def _convert_row(row: Row, config: DataConfig, where: str, found: Counter[str]) 
         for name in plain:
             row[name] = [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}]
     if not filled or mapped.keys() & {*SYSTEM_COLUMNS, "history"}:
-        _add_own_beginning(row, where)
+        _add_own_beginning(row, where, found)
     elif row.get("system") and not any("{system}" in (text or "") for _, text in templates.values()):
         found["rows whose column system no template names, so it is not used"] += 1
     if config.system_prompt is not None:
@@ -646,7 +655,7 @@ def _parse_conversation(value: Any, column: str, where: str) -> list[Any] | None
     if column == "messages" or messages is None and _MESSAGE_TEXT.match(value):
         raise ValueError(
             f"the {column} of {where} is text that is no JSON list of messages ({reason}): {value[:60]!r};"
-            " give a list of objects with role and content."
+            " give a list of objects with role and content (or name the column in a template, which takes it as text)."
         )
     return None
 
@@ -680,12 +689,12 @@ def _read_turn(turn: Any, column: str, where: str, found: Counter[str]) -> Any:
     message = {name: value for name, value in turn.items() if name not in ("from", "value")} | {"role": role or speaker}
     if "value" in turn and message.get("content") is None:
         message["content"] = turn["value"]
-    if turn.get("from") and speaker.lower().strip() in ("function_call", "tool_call", "tool_calls"):
-        message |= {"content": "", "tool_calls": turn.get("value")}
+    if speaker.lower().strip() in ("function_call", "tool_call", "tool_calls") and "tool_calls" not in turn:
+        message |= {"content": "", "tool_calls": message.get("content")}
     return message
 
 
-def _add_own_beginning(row: Row, where: str) -> None:
+def _add_own_beginning(row: Row, where: str, found: Counter[str]) -> None:
     """The row's own system message and earlier turns (Alpaca's `history`), put in front of its conversation."""
     column = next((name for name in SYSTEM_COLUMNS if row.get(name)), "history")
     system, pairs = row[column] if column in SYSTEM_COLUMNS else "", row.get("history") or []
@@ -700,6 +709,10 @@ def _add_own_beginning(row: Row, where: str) -> None:
     if not isinstance(system, str):
         raise ValueError(f"the column {column} of {where} is {system!r:.80}; give text.")
     if system.strip():
+        begins = [row[name][0].get("content") for name in _system_messages(row)]
+        found[f"rows with another system message in the conversation, so the column {column} is not used"] += bool(
+            begins and system.strip() not in begins
+        )
         turns = [{"role": "system", "content": system}, *turns]
     if turns and {*COLUMNS} & row.keys() and not _add_messages(row, turns):
         raise ValueError(
@@ -720,13 +733,19 @@ def _add_messages(row: Row, turns: list[dict[str, Any]]) -> bool:
     conversations = [name for name in COLUMNS if isinstance(row.get(name), list)]
     if isinstance(row.get("prompt"), str) and conversations:
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    own = any(row[name] and row[name][0].get("role") in ("system", "developer") for name in conversations)
+    own = _system_messages(row)
     turns = [turn for turn in turns if not own or turn["role"] != "system"]
     for name in starts:
         if isinstance(row.get(name), list):
-            begin = int(bool(row[name]) and row[name][0].get("role") in ("system", "developer"))
+            begin = int(name in own)
             row[name] = [*row[name][:begin], *turns, *row[name][begin:]]
     return any(isinstance(row.get(name), list) for name in starts)
+
+
+def _system_messages(row: Row) -> list[str]:
+    """The columns whose conversation begins with a system message."""
+    begun = [name for name in COLUMNS if isinstance(row.get(name), list) and row[name]]
+    return [name for name in begun if row[name][0].get("role") in ("system", "developer")]
 
 
 def _unescape(template: str) -> str:

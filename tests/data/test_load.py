@@ -9,10 +9,11 @@ import lzma
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from datasets.table import pa
 
 from data.load import DataConfig, convert_rows, load_rows
+from data.rewards import exact_answer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -82,6 +83,7 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
         (b'{"a": 1}\n\n{"a": }\n', r"bad\.jsonl line 3 is not JSON: Expecting value at column 7"),
         (b'{"a": "\xff"}\n', r"bad\.jsonl line 1 is not UTF-8"),
         (b'{"a": 1}\n[1]\n', r"bad\.jsonl line 2 holds a list"),
+        (b'{"a": "\\ud83d\\ude00"}\n{"a": "x\\ud83d"}\n', r"bad\.jsonl line 2 holds half of a surrogate pair"),
         (b"\n", r"dataset_name names .*bad\.jsonl, which holds no rows"),
     ],
 )
@@ -243,6 +245,7 @@ def test_csv_cells_keep_their_text(tmp_path):
     cells = ["NA", "null", "007", "1.0", "True", "", " a ", "4", "1e5", 'a "b"\nc, d']
     [row] = train_rows(dataset_name=write_csv(tmp_path / "a.csv", list("abcdefghij"), cells))
     assert list(row.values()) == cells
+    assert exact_answer(completions=["#### 7"], answer=[row["c"]]) == [1.0]  # text is compared as a number
     (tmp_path / "a.tsv").write_text("q\tanswer\n1,5\t007\n\n", encoding="utf-8-sig")
     assert train_rows(dataset_name=str(tmp_path / "a.tsv")) == [{"q": "1,5", "answer": "007"}]
 
@@ -317,11 +320,14 @@ def test_a_rows_own_system_message_and_history_are_read(tmp_path):
     assert starts[:2] == [[system, *earlier, user]] * 2
     assert starts[2:6] == [[system, user]] * 4
     assert starts[6:] == [[{"role": "system", "content": "own"}, user], "q"]
+    assert "1 rows with another system message in the conversation, so the column system is not used" in read.notes
     plain = write_lines(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a", "system": "Be brief."}])
     with pytest.raises(ValueError, match="row 1 .* is plain text and its column system belongs in front"):
         train_rows(dataset_name=plain)
     assert train_rows(dataset_name=plain, apply_chat_template=True)[0]["prompt"] == [system, user]
     assert train_rows(dataset_name=plain, input_template="{system} {prompt}")[0]["prompt"] == "Be brief. q"
+    notes = train_rows(dataset_name=plain, input_template="{prompt}").notes
+    assert "1 rows whose column system no template names, so it is not used" in notes
     bad = write_lines(tmp_path / "c.jsonl", [{"instruction": "q", "output": "a", "history": [["q0"]]}])
     with pytest.raises(ValueError, match=r"the history of row 1 .* give a list of \[question, answer\]"):
         train_rows(dataset_name=bad)
@@ -334,6 +340,14 @@ def test_the_speakers_of_data_sets_are_known(tmp_path, name):
     rows = [{"conversations": turns}, {"messages": messages}]
     for row in train_rows(dataset_name=write_lines(tmp_path / "a.jsonl", rows)):
         assert row["messages"] == [MESSAGES[0], {**MESSAGES[1], "weight": 0}]
+
+
+def test_calls_that_are_turns_of_their_own_are_tool_calls(tmp_path):
+    call = '{"name": "f", "arguments": {}}'
+    rows = [{"conversations": [{"from": "function_call", "value": call}, {"from": "observation", "value": "1"}]}]
+    rows += [{"messages": [{"role": "tool_call", "content": call}, {"role": "tool_response", "content": "1"}]}]
+    wanted = [{"role": "assistant", "content": "", "tool_calls": call}, {"role": "tool", "content": "1"}]
+    assert [row["messages"] for row in train_rows(dataset_name=write_lines(tmp_path / "a.jsonl", rows))] == [wanted] * 2
 
 
 def test_an_unknown_speaker_is_refused_or_counted(tmp_path):
@@ -456,6 +470,7 @@ def test_an_evaluation_folder_is_read_as_a_training_folder_is(tmp_path):
         ({"prompt": ["a", "b"], "n": [1, 2]}, [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]),
         ({"prompt": {"0": "a", "1": "b"}}, [{"prompt": "a"}, {"prompt": "b"}]),
         ({"messages": MESSAGES}, [{"messages": MESSAGES}]),
+        ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, [{"chosen": MESSAGES[:1], "rejected": MESSAGES[1:]}]),
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, [{"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}]),
         ({"messages": [MESSAGES, MESSAGES]}, [{"messages": MESSAGES}] * 2),
         ({"messages": MESSAGES, "tools": [{"name": "f"}]}, [{"messages": MESSAGES, "tools": [{"name": "f"}]}]),
@@ -464,6 +479,14 @@ def test_an_evaluation_folder_is_read_as_a_training_folder_is(tmp_path):
 def test_a_json_object_holds_rows_columns_or_one_row(tmp_path, content, rows):
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert train_rows(dataset_name=str(tmp_path / "a.json")) == rows
+
+
+def test_a_split_is_found_under_the_names_of_its_meaning(tmp_path):
+    rows = [{"text": "v"}]
+    (tmp_path / "a.json").write_text(json.dumps({"train": [{"text": "t"}], "val": rows}))
+    DatasetDict(train=Dataset.from_list([{"text": "t"}]), val=Dataset.from_list(rows)).save_to_disk(tmp_path / "saved")
+    for name in ("a.json", "saved"):
+        assert train_rows(dataset_name=str(tmp_path / name), dataset_split="validation") == rows
 
 
 def test_several_lists_of_rows_are_told_by_name(tmp_path):

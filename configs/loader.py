@@ -21,8 +21,10 @@ from configs.text import dump_yaml, expanded, read_file, typed
 
 ConfigType = TypeVar("ConfigType")
 COMMAND_LINE = "the command line"
-PATHS = ("output_dir", "results_dir", "resume_from", "model_id", "tokenizer_id", "dataset_name", "eval_dataset_name")
-PATHS += ("sync_dir",)
+PATHS = (
+    *("output_dir", "results_dir", "resume_from", "model_id", "tokenizer_id", "dataset_name", "eval_dataset_name"),
+    "sync_dir",
+)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,10 @@ DATASETS_READERS = {".parquet": "parquet", ".arrow": "arrow"}  # suffix -> reade
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstd"}  # suffix -> module, or codec of Arrow
 SUFFIXES = (*JSON_LINES, ".json", *DELIMITERS, *DATASETS_READERS)
 # Rows that nothing here reads; and files beside rows that hold none.
-UNREAD = (".7z", ".avro", ".feather", ".lz4", ".npy", ".npz", ".orc", ".pickle", ".pkl", ".rar", ".tar", ".tgz")
-UNREAD += (".xls", ".xlsx", ".zip", *COMPRESSED)
+UNREAD = (
+    *(".7z", ".avro", ".feather", ".lz4", ".npy", ".npz", ".orc", ".pickle", ".pkl", ".rar", ".tar", ".tgz"),
+    *(".xls", ".xlsx", ".zip", *COMPRESSED),
+)
 NO_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 SPLIT_WORDS = {  # split -> the words that name it in a file name
     "train": ("train", "training"),
@@ -368,7 +370,7 @@ def _is_rows(value: Any) -> bool:
 def _is_conversation(value: Any) -> bool:
     """A list of messages, of which at least one has a speaker that is known."""
     turns = value if isinstance(value, list) else []
-    speakers = [isinstance(turn, dict) and (turn.get("role") or turn.get("from")) for turn in turns]
+    speakers: list[Any] = [isinstance(turn, dict) and (turn.get("role") or turn.get("from")) for turn in turns]
     return bool(speakers) and all(isinstance(name, str) for name in speakers) and any(map(_role, speakers))
 
 
@@ -637,7 +639,8 @@ def _parse_conversation(value: Any, column: str, where: str) -> list[Any] | None
     """
     if not isinstance(value, str) or column != "messages" and not value.lstrip().startswith(("[", "{")):
         return None
-    messages, reason = None, "it is empty"
+    messages: Any = None
+    reason = "it is empty"
     if value.strip():
         try:
             messages = json.loads(value)

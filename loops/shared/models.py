@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -192,11 +193,12 @@ def find_source(config: ModelConfig) -> Source:
         return Source(str(folder) if folder.is_dir() else config.model_id, config.revision, None)
 
     file = adapter / "adapter_config.json"
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    base = saved.get("base_model_name_or_path")
+    with _loading("model_id", str(adapter)):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        base = saved.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{file}: base_model_name_or_path is missing; write the base model's folder or hub id there.")
-    for candidate in (adapter / base, Path(base)):  # an absolute `base` is itself in both
+    for candidate in (adapter / base, Path(base).expanduser()):  # an absolute `base` is itself in both
         if candidate.is_dir():
             return Source(str(candidate), saved.get("revision"), adapter)
     _check_hub_id(f"{file}: base_model_name_or_path", base)
@@ -291,6 +293,10 @@ def build_policy(
             check_vocabulary(tokenizer, base)
         if config.disable_dropout:
             _without_dropout(base)
+        if left := _unreached(base):
+            logger.warning("%s stay as they are: no text reaches them", ", ".join(left))
+            for name in left:
+                base.get_submodule(name).requires_grad_(False)
         policy: Any = base
         if source.adapter:
             policy = _continue_adapter(base, source.adapter, config)
@@ -458,8 +464,19 @@ def _build_base(config: ModelConfig, source: Source, device: torch.device, for_f
             quantization_config=quantisation,
             device_map={"": device} if quantisation is not None else None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported here, in one sentence
         )
     model, report = loaded
+    for name, found, expected in sorted(report["mismatched_keys"], key=str):
+        raise ValueError(
+            f"model_id: {name} is {tuple(found)} in the weights of {source.base} and {tuple(expected)} by its "
+            "config.json; take both from one model."
+        )
+    if further := _further_layer(report["unexpected_keys"], model):
+        raise ValueError(
+            f"model_id: the weights of {source.base} have more layers than its config.json, such as that of {further}; "
+            "take both from one model."
+        )
     if report["missing_keys"]:  # transformers only warns, and leaves them random
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -471,6 +488,24 @@ def _build_base(config: ModelConfig, source: Source, device: torch.device, for_f
             raise ValueError(f"model_id: {source.base} is quantised, which lora_r 0 cannot train; set lora_r above 0.")
         return model
     return model if for_fsdp else model.to(device)
+
+
+def _further_layer(unexpected: Any, model: Any) -> str | None:
+    """A weight of the file that the model would have, had it more layers (or experts); None without one."""
+    if getattr(model.config.get_text_config(), "num_nextn_predict_layers", None):
+        return None  # such layers draft tokens, and are not part of the model
+    numbered = re.compile(r"(.*?\.)(\d+)\.(.*)")
+    highest: dict[tuple[str, str], int] = {}
+    for name, _ in model.named_parameters():
+        if match := numbered.fullmatch(name):
+            place = (match[1], match[3])
+            highest[place] = max(highest.get(place, 0), int(match[2]))
+    last = {prefix: max(n for (other, _), n in highest.items() if other == prefix) for prefix, _ in highest}
+    for name in sorted(unexpected):
+        match = numbered.fullmatch(name)
+        if match and (match[1], match[3]) in highest and int(match[2]) > last[match[1]]:
+            return name
+    return None
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -569,6 +604,7 @@ def _add_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides by r
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        exclude_modules=_excluded(base, everything=targets == ["all-linear"]),
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         modules_to_save=saved or None,
@@ -585,7 +621,75 @@ def _add_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
                 layer.set_scale(ADAPTER, 1.0)
     _check_layers(policy, merge=config.exports_merged)
     _raise_saved_modules(policy)
+    if targets == ["all-linear"]:
+        _say_what_is_left_out(policy)
     return policy
+
+
+def _unreached(base: Any) -> list[str]:
+    """Modules of a vision or audio model that text never reaches: neither in its decoder nor at one of its ends."""
+    if base.config.get_text_config() is base.config:
+        return []
+    ends = (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings())
+    reached = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}
+
+    def outside(module: nn.Module, path: str) -> Iterator[str]:
+        inside = [id(parameter) in reached for parameter in module.parameters()]
+        if inside and not any(inside):
+            yield path
+        elif not all(inside):
+            for name, child in module.named_children():
+                yield from outside(child, f"{path}.{name}" if path else name)
+
+    return list(outside(base, ""))
+
+
+def _excluded(base: nn.Module, *, everything: bool) -> str | None:
+    """peft's `exclude_modules`: what text never reaches; of `everything` also what looks linear and is not.
+
+    Routers that give back more than a product, and the projections of state-space layers (they have a convolution and
+    a D) whose weights a fused kernel reads itself: adapters there would get no gradient.
+    """
+    patterns = [rf"{re.escape(name)}(\..*)?" for name in _unreached(base)]
+    for path, module in base.named_modules() if everything else ():
+        parent = path.rsplit(".", 2)[-2:]
+        if _is_own_linear(module):
+            patterns.append(r"(.*\.)?" + re.escape(".".join(parent)))
+        if isinstance(getattr(module, "conv1d", None), nn.Conv1d) and isinstance(
+            getattr(module, "D", None), nn.Parameter
+        ):
+            patterns.append(rf"(.*\.)?{re.escape(parent[-1])}\.(out_proj|x_proj|dt_proj)")
+    return "|".join(dict.fromkeys(patterns)) or None
+
+
+def _is_own_linear(module: nn.Module) -> bool:
+    """Whether a model brings this subclass of a linear layer, with a forward of its own."""
+    own = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+    return own and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
+def _say_what_is_left_out(policy: Any) -> None:
+    """One line about the matrices that all-linear does not adapt, such as experts in tensors unknown to peft."""
+    from peft.tuners.lora import LoraLayer
+
+    base = policy.get_base_model()
+    layers = [layer for layer in policy.modules() if isinstance(layer, LoraLayer)]
+    known = {id(getattr(layer.get_base_layer(), adapted_name(layer))) for layer in layers}
+    aside = [base.get_output_embeddings(), *(base.get_submodule(name) for name in _unreached(base))]
+    for module in base.modules():
+        if isinstance(module, (nn.Embedding, nn.Conv1d)) or any(module is other for other in aside):
+            known |= {id(parameter) for parameter in module.parameters()}
+    left: dict[str, int] = {}
+    for name, parameter in base.named_parameters():
+        trained = parameter.requires_grad or "original_module" in name
+        matrix = parameter.ndim > 2 or (parameter.ndim == 2 and name.endswith("weight"))
+        if matrix and not trained and id(parameter) not in known:
+            short = ".".join(part for part in name.split(".") if part != "base_layer" and not part.isdigit())
+            short = ".".join(short.removesuffix(".weight").split(".")[-2:])
+            left[short] = left.get(short, 0) + parameter.numel()
+    share = sum(left.values()) / parameter_counts(base)[1]
+    if share > 0.01:
+        logger.warning("all-linear adapts no %s, which are %.0f%% of the weights", ", ".join(left), 100 * share)
 
 
 def _continue_adapter(base: PreTrainedModel, folder: Path, config: ModelConfig) -> PeftModel:
@@ -596,13 +700,16 @@ def _continue_adapter(base: PreTrainedModel, folder: Path, config: ModelConfig) 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"model_id: {folder} has no adapter_model.safetensors; pickled adapters are not read.")
-    saved: Any = PeftConfig.from_pretrained(str(folder))
+    with _loading("model_id", str(folder)):
+        tensors = load_file(file)
+        saved: Any = PeftConfig.from_pretrained(str(folder))
     if saved.peft_type != "LORA":
         raise ValueError(f"model_id: {folder} is an adapter of type {saved.peft_type}; only LORA can be continued.")
     foreign = [name for name in _FOREIGN_LORA if getattr(saved, name, None)]
     foreign += ["bias"] if saved.bias != "none" else []
     if foreign:
         raise ValueError(f"model_id: {folder}/adapter_config.json sets {foreign[0]}, which cannot be continued.")
+    _trust_the_tensors(saved, tensors, base, folder)
     if isinstance(saved.target_modules, (list, set)):
         _check_modules_exist(base, f"{folder}/adapter_config.json: target_modules", sorted(saved.target_modules))
 
@@ -622,9 +729,10 @@ def _continue_adapter(base: PreTrainedModel, folder: Path, config: ModelConfig) 
         policy: Any = get_peft_model(base, saved, adapter_name=ADAPTER, revision=saved.revision)
     _check_layers(policy, merge=config.exports_merged)
     _raise_saved_modules(policy)  # before the weights are read, which would be rounded otherwise
-    tensors = load_file(file)
     # peft would only warn about tensors that found no place, and leave the others random.
-    odd = set(tensors) ^ set(get_peft_model_state_dict(policy, adapter_name=ADAPTER, save_embedding_layers=False))
+    places = get_peft_model_state_dict(policy, adapter_name=ADAPTER, save_embedding_layers=False)
+    odd = set(tensors) ^ set(places)
+    odd |= {name for name in set(tensors) & set(places) if tensors[name].shape != places[name].shape}
     if odd:
         raise ValueError(
             f"model_id: {len(odd)} tensors of {file} do not fit its base model, such as {min(odd)}; "
@@ -632,6 +740,34 @@ def _continue_adapter(base: PreTrainedModel, folder: Path, config: ModelConfig) 
         )
     set_peft_model_state_dict(policy, tensors, adapter_name=ADAPTER)
     return policy
+
+
+def _trust_the_tensors(saved: Any, tensors: dict[str, torch.Tensor], base: nn.Module, folder: Path) -> None:
+    """Names and ranks of an adapter from its tensors, where its config has patterns that may run for ever, or lies."""
+    file = folder / "adapter_config.json"
+    rank = max((tensor.shape[0] for name, tensor in tensors.items() if "_A." in f"{name}."), default=0)
+    ranks, alphas = saved.rank_pattern or {}, saved.alpha_pattern or {}
+    if not isinstance(saved.r, int) or (saved.r > rank and not ranks):
+        raise ValueError(f"model_id: {file} has r {saved.r}, and {rank} is the rank of its tensors; correct r.")
+    saved.r = min(saved.r, rank)  # of modules that are not in rank_pattern
+    for key, largest in ranks.items():
+        if largest > rank:
+            raise ValueError(f"model_id: {file} has rank {largest} for {key}, and {rank} is the rank of its tensors.")
+    for key in (*ranks, *alphas):
+        if re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+{]", key)) > 3:
+            raise ValueError(f"model_id: {file} has the pattern {key} for ranks or alphas; write plain module names.")
+    if not any(isinstance(names, str) for names in (saved.target_modules, saved.exclude_modules)):
+        if not saved.layers_pattern:
+            return
+    parameters = tuple(f".{name}" for name in saved.target_parameters or ())
+    modules = dict(base.named_modules())
+    named = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in tensors if ".lora_" in name}
+    saved.target_modules = {
+        name
+        for name in named
+        if not parameters or (hasattr(modules.get(name), "weight") and not f".{name}.weight".endswith(parameters))
+    }
+    saved.exclude_modules = saved.layers_to_transform = saved.layers_pattern = None
 
 
 def _check_modules_exist(base: nn.Module, key: str, names: list[str]) -> None:
@@ -657,6 +793,7 @@ def _check_layers(policy: PeftModel, *, merge: bool) -> None:
         raise ValueError("lora_target_modules: no module of the model takes an adapter; name its linear layers.")
     for path, layer in layers:
         linear = ADAPTER in layer.lora_A and layer.lora_A[ADAPTER].weight.ndim == 2
+        linear = linear and not _is_own_linear(layer.get_base_layer())
         if not linear and ADAPTER not in layer.lora_embedding_A:
             raise ValueError(f"lora_target_modules: {path} is neither linear nor an embedding; leave it out.")
         if not linear and layer.use_dora.get(ADAPTER):
@@ -755,8 +892,7 @@ def quiet_peft(what: str) -> Iterator[None]:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise ValueError(f"{what}: peft says: {reason}.") from error
+            raise ValueError(f"{what}: peft says: {_first_line(error)}.") from error
 
 
 @contextmanager
@@ -770,16 +906,34 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _loading(key: str, name: str) -> Iterator[None]:
     """Turn transformers' pages of text into one sentence that names the key."""
-    from safetensors import SafetensorError
-
+    if Path(name).is_dir():
+        _refuse_pointers(key, Path(name))
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # nothing but libraries reading files runs in here
         if "trust_remote_code" in str(error):
             raise ValueError(f"{key}: {name} brings its own code; set trust_remote_code: true to run it.") from error
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = _first_line(error)
         where = "" if Path(name).is_dir() else " is not a folder here, and as a hub id"
         raise ValueError(f"{key}: {name}{where} could not be loaded: {reason}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says in its first line (and the next, after a colon), with its kind where that tells more."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    kind = type(error).__name__ + " " if isinstance(error, (LookupError, AttributeError, TypeError)) else ""
+    return (kind + text).strip().rstrip(".") or type(error).__name__
+
+
+def _refuse_pointers(key: str, folder: Path) -> None:
+    """Raise for files that git-lfs has not fetched."""
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model", ".txt")):
+        with file.open("rb") as opened:
+            if opened.read(23) == b"version https://git-lfs":
+                raise ValueError(f"{key}: {file} is a git-lfs pointer and not the file; run git lfs pull in {folder}.")
 
 
 def _check_hub_id(key: str, name: str) -> None:

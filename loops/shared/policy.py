@@ -11,6 +11,7 @@ Legend: B rows, T columns, K targets, M places of targets, N tokens, H hidden si
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,6 +110,13 @@ def enable_packing(model: nn.Module) -> None:
     causal_lm = base_model(model)
     if not causal_lm._can_set_attn_implementation():
         raise NotPackable(f"{type(causal_lm).__name__} does not call transformers' attention interface")
+    decoder = causal_lm.get_decoder()
+    if decoder is causal_lm:
+        raise NotPackable(f"{type(causal_lm).__name__} has no decoder apart from its head")
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise NotPackable(f"{type(decoder).__name__} counts the positions of a row itself")
+    if any(isinstance(module, nn.Conv1d) for module in decoder.modules()):
+        raise NotPackable(f"{type(decoder).__name__} has convolutions, which would mix neighbouring rows")
     head = causal_lm.get_output_embeddings()
     linears = [m for m in ([] if head is None else head.modules()) if type(m) in (nn.Linear, _Head)]
     if not linears or any(hasattr(m, "lora_A") for m in head.modules()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -36,6 +37,7 @@ _MAX_SHARD_SIZE = "5GB"
 # to 5e-3 in float16, 0.02 to 0.04 in bfloat16 (the policy adds the adapter after rounding, the merged model before).
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 SHAPE_COMPARED = (2, 16)  # sequences and tokens of the comparison
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _CARD_SECTIONS = ("base_model", "loop", "dataset", "command", "settings", "metrics", "versions")
 
 
@@ -110,6 +112,7 @@ def export_model(
 
     folder = Path(folder)
     adapter_only = isinstance(model, PeftModel) and not merge
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     tensors = trained_tensors(model, dtype) if adapter_only else iter_weights(model, dtype=dtype)
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     gathered = {name: tensor.cpu() for name, tensor in tensors if writes}
@@ -122,8 +125,35 @@ def export_model(
     else:
         _clean_twin(model, gathered).save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
+    _copy_processor(base, folder)
+    if card.get("base_model") and Path(card["base_model"]).expanduser().is_dir():
+        card = {**card, "base_model": _anywhere(base.name_or_path if adapter_only else card["base_model"])}
     (folder / "README.md").write_text(model_card(title or folder.resolve().name, adapter_only, card), encoding="utf-8")
     return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _anywhere(source: str) -> str:
+    """A folder by its absolute path; a hub id as it is."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(source)
+
+
+def _copy_processor(base: Any, folder: Path) -> None:
+    """What AutoProcessor reads beside the tokenizer, for models that take more than text."""
+    from transformers.utils import cached_file
+
+    if base.config.get_text_config() is base.config:
+        return
+    for name in _PROCESSOR_FILES:
+        found = cached_file(
+            base.name_or_path,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            shutil.copyfile(found, folder / name)
 
 
 class WrongLogits(RuntimeError):
@@ -419,8 +449,7 @@ def _write_adapter(model: Any, trained: Mapping[str, Tensor], folder: Path) -> N
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    source = str(base.name_or_path)
-    config.base_model_name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
+    config.base_model_name_or_path = _anywhere(base.name_or_path)
     config.inference_mode = True
     for key in ("target_modules", "target_parameters", "modules_to_save"):  # sets: sorted, for one file in all runs
         if isinstance(getattr(config, key), (set, list)):

@@ -17,12 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -885,6 +891,150 @@ def test_an_adapter_that_merging_does_not_know_is_refused_by_name(tmp_path, mode
     assert build(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="cannot be merged"):
         build(str(tmp_path / "adapter"), merge_weights=True)
+
+
+def test_what_all_linear_cannot_adapt_is_left_out_and_told(tmp_path, caplog):
+    """Llama-4's router gives back two tensors, and peft does not know its experts."""
+    shape = dict(SHAPE, num_experts_per_tok=1, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=16)
+    torch.manual_seed(0)
+    Llama4ForCausalLM(Llama4TextConfig(**shape)).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", eos_token="<eos>")
+    with caplog.at_level(logging.WARNING, logger="loops"):
+        policy = build(str(tmp_path / "base"))
+    assert "all-linear adapts no experts.gate_up_proj, experts.down_proj, feed_forward.router" in caplog.text
+    shake(policy)
+    for merge in (False, True):
+        export(policy, tmp_path / str(merge), merge=merge, model_id=str(tmp_path / "base"))
+    assert torch.equal(logits(build(str(tmp_path / "False"))), logits(policy))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True")
+    torch.testing.assert_close(logits(merged), logits(policy), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="router is neither linear"):
+        build(str(tmp_path / "base"), lora_target_modules="router")
+
+
+def test_state_space_layers_are_adapted_where_an_adapter_gets_a_gradient(tmp_path):
+    """Their fused kernels read the weights of the other projections themselves."""
+    torch.manual_seed(0)
+    MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
+    ).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", eos_token="<eos>")
+    policy = build(str(tmp_path / "base"))
+    adapted = {name.split(".lora_A")[0] for name, _ in policy.named_parameters() if ".lora_A" in name}
+    assert {name.rsplit(".", 1)[1] for name in adapted} == {"in_proj"}
+    with pytest.raises(ValueError, match="lora_target_modules out_proj, on Mamba.*: peft says: .*incompatible"):
+        build(str(tmp_path / "base"), lora_target_modules="out_proj")
+
+
+def test_pefts_refusals_are_one_sentence(tmp_path):
+    """Experts have no place for dropout or DoRA."""
+    base = save_moe(tmp_path / "base")
+    for settings in (dict(lora_dropout=0.1), dict(use_dora=True)):
+        with pytest.raises(ValueError, match="lora_target_modules all-linear, on Qwen3Moe.*: peft says: ") as error:
+            build(base, **settings)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [dict(lora_r=0), dict(), dict(lora_target_modules="q_proj,v_proj")])
+def test_text_trains_no_part_of_a_vision_model_that_it_never_reaches(tmp_path, settings, caplog):
+    """Every trained parameter gets a gradient, which DDP needs; the export keeps what AutoProcessor reads."""
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = Gemma3Config(
+        text_config=dict(SHAPE, query_pre_attn_scalar=16, sliding_window=16),
+        vision_config=dict(vision, patch_size=14),
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=61,
+        eoi_token_index=62,
+    )
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", eos_token="<eos>")
+    (tmp_path / "base" / "preprocessor_config.json").write_text("{}")
+    with caplog.at_level(logging.WARNING, logger="loops"):
+        policy = build(str(tmp_path / "base"), **settings)
+    assert "model.vision_tower, model.multi_modal_projector stay as they are" in caplog.text
+    policy(TOKENS % 60, labels=TOKENS % 60).loss.backward()
+    trained = {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained and all(grad is not None for grad in trained.values())
+    assert "preprocessor_config.json" in export(policy, tmp_path / "out", merge=True, model_id=str(tmp_path / "base"))
+    if settings:
+        return
+    shake(policy)
+    export(policy, tmp_path / "adapter", merge=False, model_id=str(tmp_path / "base"))
+    tokens = TOKENS % 60
+    with torch.no_grad():
+        assert torch.equal(build(str(tmp_path / "adapter")).eval()(tokens).logits, policy.eval()(tokens).logits)
+
+
+def test_files_that_do_not_fit_together_are_one_sentence(tmp_path, model_id):
+    """Sizes, layers, and git-lfs's pointers in place of files."""
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+
+    def change(**values) -> None:
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config | values))
+
+    for lora_r in (0, 4):
+        change(vocab_size=80)
+        with pytest.raises(ValueError, match=r"embed_tokens.weight is \(64, 64\) in the weights .* \(80, 64\) by its"):
+            build(model_id, lora_r=lora_r)
+        change(num_hidden_layers=1, layer_types=["full_attention"])
+        with pytest.raises(ValueError, match="more layers than its config.json, such as that of model.layers.1"):
+            build(model_id, lora_r=lora_r)
+    change(hidden_size="wide")
+    with pytest.raises(ValueError, match="model_id: .* could not be loaded") as error:
+        build(model_id)
+    assert "\n" not in str(error.value)
+    change()
+    for name in ("model.safetensors", "tokenizer.json"):
+        whole = (tmp_path / "base" / name).read_bytes()
+        (tmp_path / "base" / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+        )
+        with pytest.raises(ValueError, match=f"model_id: .*{name} is a git-lfs pointer.*; run git lfs pull"):
+            build_tokenizer(ModelConfig(model_id=model_id)) if name == "tokenizer.json" else build(model_id)
+        (tmp_path / "base" / name).write_bytes(whole)
+
+
+@pytest.mark.timeout(100)
+def test_an_adapters_own_patterns_are_not_run(tmp_path, model_id):
+    """Names and ranks come from the tensors; a pattern that takes for ever, or a rank that is not there, is no help."""
+    policy = build(model_id, lora_r=4, lora_target_modules="q_proj,down_proj")
+    shake(policy)
+    export(policy, tmp_path / "adapter", merge=False, model_id=model_id)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    slow = "(([a-z0-9_]+\\.?)*)*!"
+    for harmless in (dict(target_modules=slow), dict(target_modules=".*(q|down)_proj"), dict(exclude_modules=slow)):
+        file.write_text(json.dumps(config | harmless))
+        assert torch.equal(logits(build(str(tmp_path / "adapter"))), logits(policy))
+    for bad in (
+        dict(r=10**9),
+        dict(r="four"),
+        dict(rank_pattern={"q_proj": 10**9}),
+        dict(alpha_pattern={slow: 8}),
+        dict(r=2),
+    ):
+        file.write_text(json.dumps(config | bad))
+        with pytest.raises(ValueError, match="model_id: .*adapter") as error:
+            build(str(tmp_path / "adapter"))
+        assert "\n" not in str(error.value)
+    for broken in ("{", json.dumps(config | dict(peft_type="NONE")), json.dumps([])):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="model_id: .*adapter"):
+            build(str(tmp_path / "adapter"))
+
+
+def test_the_card_of_an_adapter_names_the_base_that_its_config_names(tmp_path, model_id, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export(build("base"), tmp_path / "adapter", merge=False, model_id="base", card={"base_model": "base"})
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == model_id and f'base_model: "{named}"' in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_lora_run_shows_no_warnings_of_libraries(tmp_path, recwarn):
+    build_reference(build(save_moe(tmp_path / "base")))
+    assert not [str(warning.message) for warning in recwarn if "script_method" not in str(warning.message)]
 
 
 def test_transposed_linear_layers_are_merged_too(tmp_path):

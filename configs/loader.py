@@ -11,12 +11,13 @@ import difflib
 import re
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from configs.spellings import COMPUTED, NOTES, OVERRIDES, REFUSED, RENAMED, SECTION_VALUES, Values
+from configs.spellings import COMPUTED, MEANS, NOTES, OVERRIDES, REFUSED, RENAMED, SECTION_VALUES, Values
 from configs.text import dump_yaml, expanded, read_file, typed
 
 ConfigType = TypeVar("ConfigType")
@@ -36,10 +37,13 @@ class Leaf:
     default: Any
 
 
-def load_config(config_class: type[ConfigType], argv: list[str] | None = None, *, prog: str) -> ConfigType:
+def load_config(
+    config_class: type[ConfigType], argv: list[str] | None = None, *, prog: str, also_in_files: tuple[type, ...] = ()
+) -> ConfigType:
     """The config that `argv` (default: this process's arguments) asks for.
 
     `config_class` is a frozen dataclass with a default for every field; fields that are dataclasses are sections.
+    Files may hold the keys of the classes `also_in_files`, which do nothing here.
     `--help` and `--print_config` print and exit 0. Unknown keys, wrong types, unreadable files and every `ValueError`
     of a `__post_init__` exit 2 with one sentence that names the file or the command line, the key and what to change.
     """
@@ -51,10 +55,13 @@ def load_config(config_class: type[ConfigType], argv: list[str] | None = None, *
     notes: list[str] = []
     try:
         arguments, files, print_only = _split_arguments(argv)
+        others = {name: leaf for other in also_in_files for name, leaf in find_leaves(other).items()}
+        ignored = {name: leaf for name, leaf in others.items() if name not in leaves}
         values: Values = {}
         origin: dict[str, str] = {}
         for source, pairs in [*((path, read_file(path)) for path in files), (COMMAND_LINE, arguments)]:
-            layer = _read_layer(_flatten(pairs, source, leaves), source, values, leaves, notes)
+            beside = {} if source == COMMAND_LINE else ignored
+            layer = _read_layer(_flatten(pairs, source, {**leaves, **beside}), source, values, leaves, beside, notes)
             values = {**_without_replaced(values, layer, leaves), **layer}
             origin.update(dict.fromkeys(layer, source))
         config = _build(config_class, values, origin, leaves)
@@ -167,50 +174,84 @@ def _flatten(pairs: list[tuple[str, Any]], source: str, leaves: dict[str, Leaf])
 
 
 def _read_layer(
-    pairs: list[tuple[str, Any]], source: str, below: Values, leaves: dict[str, Leaf], notes: list[str]
+    pairs: list[tuple[str, Any]],
+    source: str,
+    below: Values,
+    leaves: dict[str, Leaf],
+    ignored: dict[str, Leaf],
+    notes: list[str],
 ) -> Values:
     """Keys as people wrote them -> `{leaf: typed value}`. Two names for one key are refused in a file; on the command
-    line the last one counts."""
+    line the last one counts. All that is wrong with the layer is told in one sentence."""
     layer: Values = {}
     computed: Values = {}
     spelled: dict[str, str] = {}
+    wrong: list[str] = []
 
     def put(name: str, value: Any, written: str) -> None:
+        if name in ignored:
+            return
         if name not in leaves:
-            raise ValueError(f"{source}: unknown key `{written}`: this loop has no `{name}`.")
-        if name in spelled and source != COMMAND_LINE and written not in OVERRIDES:
-            raise ValueError(f"{source}: `{spelled[name]}` and `{written}` both set `{name}`: keep one of them.")
-        spelled[name] = written
-        layer[name] = typed(value, leaves[name].type, f"{source}: `{written}`")
-        if name in PATHS and isinstance(layer[name], str):
-            layer[name] = expanded(layer[name], f"{source}: `{written}`")
+            wrong.append(f"unknown key `{written}`: this loop has no `{name}`")
+        elif name in spelled and source != COMMAND_LINE and written not in OVERRIDES:
+            wrong.append(f"`{spelled[name]}` and `{written}` both set `{name}`: keep one of them")
+        else:
+            spelled[name] = written
+            value = MEANS.get(name, {}).get("null" if value is None else str(value), value)
+            layer[name] = typed(value, leaves[name].type, f"`{written}`")
+            if name in PATHS and isinstance(layer[name], str):
+                layer[name] = expanded(layer[name], f"`{written}`")
 
-    for written, value in pairs:
+    def read(written: str, value: Any) -> None:
         section, _, key = written.rpartition(".")
-        name = key if key in leaves else RENAMED.get(key, key)
-        if name in leaves and section in ("", leaves[name].section):
+        name = key if key in leaves or key in ignored else RENAMED.get(key, key)
+        leaf = leaves.get(name) or ignored.get(name)
+        if name == "warmup_steps" and "warmup_ratio" in leaves and _is_part(value):  # transformers 5 allows it there
+            put("warmup_ratio", value, written)
+            value = 0
+        if leaf and section in ("", leaf.section):
             put(name, value, written)
         elif key in REFUSED:
-            raise ValueError(f"{source}: `{key}` {REFUSED[key]}.")
+            wrong.append(f"`{key}` {REFUSED[key]}")
         elif key in COMPUTED and name not in leaves:
-            computed[key] = typed(value, COMPUTED[key][0], f"{source}: `{written}`")
+            computed[key] = typed(value, COMPUTED[key][0], f"`{written}`")
         elif key not in NOTES and not key.startswith("sagemaker_"):  # the SageMaker toolkit's own hyperparameters
-            raise ValueError(f"{source}: unknown key `{written}`: {_advice(key, leaves)}")
+            wrong.append(f"unknown key `{written}`: {_advice(key, leaves)}")
         if key in NOTES and name not in leaves:
             notes.append(f"{source}: `{key}` {NOTES[key]}")
-    for key in computed:
+
+    def compute(key: str) -> None:
         current = {**{name: leaf.default for name, leaf in leaves.items()}, **below, **layer}
-        try:
-            settings = COMPUTED[key][1]({**layer, **computed}, current)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-        for name, value in settings.items():
+        for name, value in COMPUTED[key][1]({**layer, **computed}, current).items():
             put(name, value, key)
+
+    def attempt(function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except ValueError as error:
+            wrong.append(str(error).rstrip("."))
+
+    for pair in pairs:
+        attempt(read, *pair)
+    for key in computed:
+        attempt(compute, key)
+    if wrong:
+        text = "; ".join(dict.fromkeys(wrong))
+        raise ValueError(f"{source}: {text}" + ("" if text.endswith("?") else "."))
     return layer
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a number of steps is given as a part of all of them."""
+    try:
+        return 0 < float(value) < 1
+    except (TypeError, ValueError):
+        return False
 
 
 # A key given in a layer replaces, with it, what lower layers said of these: values that were chosen to go with the old.
 GO_WITH = {"learning_rate": ("min_learning_rate",), "reward_functions": ("reward_weights",)}
+GO_WITH |= {"warmup_ratio": ("warmup_steps",)}
 
 
 def _without_replaced(below: Values, layer: Values, leaves: dict[str, Leaf]) -> Values:
@@ -245,10 +286,10 @@ def _build(
 
 def _advice(key: str, leaves: dict[str, Leaf]) -> str:
     if key in leaves:
-        return f"its name is `{'.'.join(filter(None, [leaves[key].section, key]))}`."
+        return f"its name is `{'.'.join(filter(None, [leaves[key].section, key]))}`"
     known = [*leaves, *(name for name in RENAMED if RENAMED[name] in leaves), *COMPUTED]
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else "see --help for all keys."
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return f"did you mean `{near[0]}`?" if near else "see --help for all keys"
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):

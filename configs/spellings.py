@@ -12,6 +12,17 @@ RENAMED = {
     "model_name": "model_id",
     "model_name_or_path": "model_id",
     "hf_model_id": "model_id",
+    "base_model": "model_id",
+    "model_revision": "revision",
+    "dtype": "torch_dtype",
+    "target_modules": "lora_target_modules",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "gradient_clipping": "max_grad_norm",
+    "gradient_clip_val": "max_grad_norm",
+    "sequence_len": "max_seq_length",
+    "model_max_length": "max_seq_length",
+    "max_new_tokens": "max_completion_length",
     "lora_rank": "lora_r",
     "max_length": "max_seq_length",
     "micro_batch_size": "per_device_train_batch_size",
@@ -36,7 +47,29 @@ NOTES = {
     "val_check_interval": "is read as `eval_steps`: optimizer steps, not micro-batches",
     "hfdc_val_test_split_ratio": "is not used: all rows that are held out are evaluation rows",
     "hfdc_num_proc": "is not used: rows are read by one process",
-    "per_device_eval_batch_size": "is not used: evaluation takes the micro-batches of training",
+    "per_device_eval_batch_size": "is not used: evaluation takes the micro-batches of training, and what it samples "
+    "`max_decode_batch` at once",
+    "checkpoint_dir": "is not used: checkpoints are in `checkpoints` of the run's folder, which is `output_dir`",
+    "max_prompt_length": "is not used: `max_seq_length` is for prompt and completion together",
+    "deserialize_messages": "is not used: conversations are read as JSON text, too",
+    "use_snapshot_download": "is not used: models are always fetched whole",
+    "ignore_data_skip": "is not used: a resumed run goes on with the rows that come next",
+    "log_on_each_node": "is not used: the first process speaks for all",
+    "ddp_find_unused_parameters": "is not used: a loss reaches all trained parameters",
+    "gradient_checkpointing_kwargs": "is not used: checkpointing is non-reentrant",
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_pin_memory"), "is not used: rows are encoded before training"
+    ),
+    **dict.fromkeys(("dataset_num_proc", "preprocessing_num_workers"), "is not used: rows are read by one process"),
+    "group_by_length": "is not used: rows are packed, so nothing is padded",
+    "remove_unused_columns": "is not used: columns that nobody asks for stay out of the way",
+    "pad_token": "is not used: nothing is padded",
+    "use_liger_kernel": "is not used: the loss never holds the logits of all tokens",
+    "do_train": "is not used: a loop trains; `launch.evaluate` evaluates",
+    "do_eval": "is not used: naming evaluation rows asks for it",
+    "logging_dir": "is not used: logs are in the run's folder",
+    "logging_first_step": "is not used: the first step is always logged",
+    "disable_tqdm": "is not used: the bar is for terminals only",
     "logging_strategy": "is not used: `logging_steps` says when",
     "tf32": "is not used: `mixed_precision` says how matrix products are computed",
 }
@@ -44,15 +77,36 @@ NOTES = {
 
 REFUSED = {
     "config": "is no key: give several files as `--config base.yaml --config other.yaml`",
-    "hf_token": "would be written to the run folder: set HF_TOKEN in the environment instead",
+    **dict.fromkeys(
+        ("hf_token", "token", "hf_auth_token"),
+        "would be written to the run folder: set HF_TOKEN in the environment instead",
+    ),
+    **dict.fromkeys(
+        ("wandb_token", "wandb_api_key"),
+        "would be written to the run folder: set WANDB_API_KEY in the environment instead",
+    ),
+    "deepspeed": "has no counterpart: leave it out, and set `fsdp: full_shard` to shard with FSDP2",
+    "steps_per_generation": "has no counterpart: leave it out; `prompts_per_step` rollouts make one step, used "
+    "`num_iterations` times",
     "server_api_key": "would be written to the run folder: set VLLM_API_KEY in the environment instead",
 }
-"""Keys that would do harm; the sentence says what to do instead."""
+"""Keys that would do harm, or ask for what is not here; the sentence says what to do instead."""
+
+MEANS: dict[str, dict[str, Any]] = {
+    "report_to": {"null": "none"},
+    "max_grad_norm": {"null": 0.0},
+    **dict.fromkeys(("save_total_limit", "eval_steps", "save_steps"), {"null": 0}),
+    "top_k": {"-1": 0},
+}
+"""Values that others write in keys of the same name, as text, and ours: no tracker, no clipping, all, never, off."""
 
 SECTION_VALUES = {"optim": "optimizer"}
 """Keys that are sections here, and the key in them that a bare text means (transformers' `optim: adamw_8bit`)."""
 
-OVERRIDES = ("full_ft", "use_wandb", "eval_strategy", "evaluation_strategy", "save_strategy")
+OVERRIDES = (
+    *("full_ft", "use_peft", "finetuning_type", "use_wandb"),
+    *("eval_strategy", "evaluation_strategy", "save_strategy"),
+)
 """These win over our key beside them in the same file; any other two names for one key are refused."""
 
 Values = dict[str, Any]
@@ -63,6 +117,51 @@ def _full_ft(layer: Values, current: Values) -> Values:
     if layer["full_ft"]:
         return {"lora_r": 0}
     return {"lora_r": 32} if current.get("lora_r") == 0 and "lora_r" not in layer else {}
+
+
+def _finetuning_type(layer: Values, current: Values) -> Values:
+    if layer["finetuning_type"] not in ("lora", "full"):
+        raise ValueError(f"`finetuning_type: {layer['finetuning_type']}` has no counterpart: give lora or full.")
+    return _full_ft({**layer, "full_ft": layer["finetuning_type"] == "full"}, current)
+
+
+def _val_set_size(layer: Values, current: Values) -> Values:
+    if not 0 <= layer["val_set_size"] < 1:
+        raise ValueError("`val_set_size` in rows has no counterpart: give `eval_split_ratio`, a part of the rows.")
+    return {"eval_split_ratio": float(layer["val_set_size"])}
+
+
+def _metric_for_best_model(layer: Values, current: Values) -> Values:
+    """transformers' `eval_loss` or `loss` is our `eval/loss`."""
+    return {"save_best": "eval/" + layer["metric_for_best_model"].removeprefix("eval_").removeprefix("eval/")}
+
+
+def _resume_from_checkpoint(layer: Values, current: Values) -> Values:
+    given = layer["resume_from_checkpoint"]
+    return {"resume_from": {"true": "latest", "false": "none", "": "none"}.get(str(given or "").lower(), given)}
+
+
+ONE_VALUE = {
+    "use_mxfp4": ("false", "set `load_in_4bit` or `load_in_8bit`"),
+    "early_stopping": ("false", "leave it out, and set `save_best: eval/loss`, `eval_steps` and `save_steps`"),
+    "init_lora_weights": ("true", "adapters begin as the base model; leave it out"),
+    "lora_bias": ("none", "biases are not trained; leave it out"),
+    "push_to_hub": ("false", "push the run's `model` folder with `hf upload`"),
+    "sync_ref_model": ("false", "the reference stays as it is; leave it out"),
+    "overwrite_output_dir": ("false", "give another `output_dir`, or `resume_from: latest`"),
+    "load_best_model_at_end": ("false", "set `save_best`, and export that checkpoint with launch.export"),
+}
+"""Keys of which one value says what happens anyway, and any other asks for what is not here; what to do instead."""
+
+
+def _one_value(key: str) -> Callable[[Values, Values], Values]:
+    def read(layer: Values, current: Values) -> Values:
+        given = str(layer[key]).lower()
+        if given != ONE_VALUE[key][0]:
+            raise ValueError(f"`{key}: {given}` has no counterpart: {ONE_VALUE[key][1]}.")
+        return {}
+
+    return read
 
 
 def _use_wandb(layer: Values, current: Values) -> Values:
@@ -144,6 +243,13 @@ def _launcher(layer: Values, current: Values) -> Values:
 
 COMPUTED: dict[str, tuple[Any, Callable[[Values, Values], Values]]] = {
     "full_ft": (bool, _full_ft),
+    "use_peft": (bool, lambda layer, current: _full_ft({**layer, "full_ft": not layer["use_peft"]}, current)),
+    "finetuning_type": (str, _finetuning_type),
+    "use_vllm": (bool, lambda layer, _: {"engine": "vllm" if layer["use_vllm"] else "transformers"}),
+    "val_set_size": (int | float, _val_set_size),
+    "metric_for_best_model": (str, _metric_for_best_model),
+    "resume_from_checkpoint": (str | bool | None, _resume_from_checkpoint),
+    **{key: (str | bool, _one_value(key)) for key in ONE_VALUE},
     "use_wandb": (bool, _use_wandb),
     "bf16": (bool, _bf16),
     "fp16": (bool, _fp16),

@@ -1,12 +1,14 @@
 """Completions for the rows of a data file, scored: exact match, ROUGE and any reward function.
 
     python -m launch.evaluate RUN --dataset_name data/quickstart/heldout.jsonl          # a run, as it was trained
+    python -m launch.evaluate --checkpoints_dir results                # the run of the newest checkpoint below results
     python -m launch.evaluate Qwen/Qwen3-0.6B --config configs/grpo.yaml                # a model, with a loop's file
     accelerate launch --config_file launch/cpu_ddp.yaml -m launch.evaluate MODEL_OR_RUN ...     # rows shared out
 
-Greedy unless `--do_sample true`. A run (or one of its checkpoints) brings its own config.yaml, so templates, chat
-options and completion length are those of training; `--config` files and keys given here go over them, and
-`--dataset_name` changes the rows only. Written to `--output`: `predictions.jsonl`, one row a line with prompt,
+Greedy unless `--do_sample true`; a `--temperature`, `--top_p`, `--top_k` or `--min_p` given here implies it. A run (or
+one of its checkpoints) brings its own config.yaml, so templates, chat options and completion length are those of
+training; `--config` files and keys given here go over them, and `--dataset_name` changes the rows only.
+Written to `--output`: `predictions.jsonl`, one row a line with prompt,
 completion, reference and every score, and `metrics.json` with the means; the trackers get the means when asked
 (`--report_to`).
 """
@@ -16,18 +18,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
 from configs.loader import dump_config, load_config
+from configs.spellings import RENAMED
 from data.chat import EncodeConfig, Prompt, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, convert_rows, load_rows, read_rows
 from data.rewards import RewardConfig, build_rewards, judge_completions
@@ -42,7 +46,10 @@ PROG = "python -m launch.evaluate"
 REFERENCES = ("reference", "completion", "chosen", "answer")  # columns, in the order in which they are looked for
 ROUGE = ("rouge1", "rouge2", "rougeL")
 SAID_HERE = {"dataset_name": "eval_dataset_name", "dataset_split": "eval_dataset_split"}
-SAID_HERE |= {"max_samples": "max_eval_samples"}
+SAID_HERE |= {"max_samples": "max_eval_samples", "test_path": "eval_dataset_name"}
+SAID_HERE |= {"batch_size": "generation_batch_size", "max_tokens": "max_completion_length"}
+SAID_HERE |= {name: f"vllm_{name}" for name in ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")}
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # sampling settings that ask for no sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,39 +73,52 @@ class Config:
             raise ValueError(f"generation_batch_size is {self.generation_batch_size}; give 1 or more.")
 
 
-def accepting_training_files(config_class: type) -> type:
-    """The class with the keys that only the loops have, of any type and without effect: their files load unchanged."""
-    known, extra = {own.name for own in fields(config_class)}, {}
-    for loop in (sft, dpo, grpo):
-        hints = get_type_hints(loop.Config)
-        for own in fields(loop.Config):
-            if own.name not in known and is_dataclass(hints[own.name]):
-                extra[own.name] = (own.name, hints[own.name], field(default_factory=own.default_factory))
-            elif own.name not in known:
-                extra[own.name] = (own.name, Any | None, field(default=None))
-    return make_dataclass("Config", extra.values(), bases=(config_class,), frozen=True, kw_only=True)
-
-
 def read_arguments(argv: Sequence[str]) -> tuple[str | None, str | None, Config]:
-    """(model or run, output folder, settings) of the command line."""
+    """(model or run, output folder, settings) of the command line.
+
+    The loops' own keys are understood in files, where they do nothing; here they are unknown. Without a model, a config
+    file and `model_id`, the model is the newest checkpoint below `--checkpoints_dir` (results).
+    """
     words = list(argv)
     name = words.pop(0) if words and not words[0].startswith("-") else None
-    output, rest = None, []
+    own: dict[str, str] = {}  # what only this command has
+    rest: list[str] = []
+    keys: set[str] = set()
     while words:
         key, equals, value = words.pop(0).partition("=")
         plain = key.removeprefix("--").replace("-", "_").rpartition(".")[2] if key.startswith("--") else ""
-        if plain in ("output", "output_dir"):
+        keys.add(RENAMED.get(plain, plain))
+        if plain in ("output", "output_dir", "checkpoints_dir"):
             if not equals and not words:
                 raise ValueError(f"the command line: `{key}` needs a folder.")
-            output = value if equals else words.pop(0)
+            own[plain.removesuffix("_dir")] = value if equals else words.pop(0)
+        elif plain == "temperature" and (value if equals else (words or [""])[0]) in ("0", "0.0"):
+            words = words if equals else words[1:]
+            rest += ["--do_sample", "false"]
+            keys = keys - {plain} | {"do_sample"}
         else:
             rest.append(f"--{SAID_HERE[plain]}{equals}{value}" if plain in SAID_HERE else key + equals + value)
+    elsewhere = keys & {"config", "model_id", "help", "print_config"} or "-h" in rest
+    if name is None and (own.get("checkpoints") or not elsewhere):
+        name = str(find_trained(None, checkpoints_dir=own.get("checkpoints", "results")).path)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{PROG}: the newest checkpoint is {name}", file=sys.stderr)
     run = run_folder_of(Path(name).expanduser()) if name else None
     if run:
         rest = ["--config", str(run / "config.yaml"), *rest]
-    asks_help = {"--help", "-h"} & set(rest)
-    config: Config = load_config(Config if asks_help else accepting_training_files(Config), rest, prog=PROG)
-    return name, output, config
+    loops = () if {"--help", "-h"} & set(rest) else (sft.Config, dpo.Config, grpo.Config)
+    config: Config = load_config(Config, rest, prog=PROG, also_in_files=loops)
+    return name, own.get("output"), with_sampling(config, keys)
+
+
+def with_sampling(config: Config, given: set[str]) -> Config:
+    """`do_sample` as the keys of the command line want it. Raises ValueError where one of them would do nothing."""
+    asked = [key for key, off in GREEDY.items() if key in given and getattr(config.rollout, key) != off]
+    if asked and "do_sample" in given and not config.do_sample:
+        raise ValueError(
+            f"do_sample is false, or temperature 0, so {', '.join(asked)} would have no effect: leave out."
+        )
+    return replace(config, do_sample=config.do_sample or bool(asked))
 
 
 def find_model(name: str | None, config: Config) -> Trained | ModelConfig:
@@ -173,6 +193,13 @@ def reference_of(prompt: Prompt, tokenizer: Any, config: EncodeConfig) -> str | 
     return tokenizer.decode(example.input_ids[shared:], skip_special_tokens=True).strip()
 
 
+def with_reference(prompt: Prompt, reference: str | None) -> Prompt:
+    """The prompt as the scores see it: with the text that its row wants, where no column of its own has one."""
+    if reference is None or any(prompt.columns.get(name) is not None for name in REFERENCES):
+        return prompt
+    return replace(prompt, columns={**prompt.columns, "reference": reference})
+
+
 def text_scores(completion: str, reference: str | None) -> dict[str, float | None]:
     """`exact_match` (the same words in the same order, white space aside) and ROUGE F-measures, in [0, 1].
 
@@ -211,11 +238,13 @@ def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], conf
         ids = [prompt.prompt_ids for prompt in chosen]
         groups = engine.sample(ids, n=1, sampling=sampling, seed=config.run.seed, prompt_numbers=places)
         completions: list[Completion] = [group[0] for group in groups]
-        judged = judge_completions(functions, chosen, completions)
+        references = [reference_of(prompt, tokenizer, config.encode) for prompt in chosen]
+        seen = [with_reference(prompt, text) for prompt, text in zip(chosen, references, strict=True)]
+        judged = judge_completions(functions, seen, completions)
         if judged.failure:  # a warning is shown once
             warnings.warn(f"a score failed; its rows count as missing:\n{judged.failure}", stacklevel=1)
         for index, (place, prompt, completion) in enumerate(zip(places, chosen, completions, strict=True)):
-            reference = reference_of(prompt, tokenizer, config.encode)
+            reference = references[index]
             scores = text_scores(completion.text, reference)
             scores |= {name: values[index] for name, values in judged.by_name.items()}
             row: dict[str, Any] = {"row": numbers[place], "prompt": prompt.text, "completion": completion.text}
@@ -278,6 +307,8 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
         summary = {"model": name or model.model_id, "dataset": data, "step": step, **metrics}
         replace_text(run.folder / "metrics.json", json.dumps(summary, indent=1) + "\n")
     run.log(metrics, step)
+    for key in [key for key in metrics if key.removesuffix("/missing") not in metrics]:
+        run.say(f"{key.removesuffix('/missing')}: no row has it, for none has the columns that it needs, or it failed")
     run.end(ok=True)
     run.say(f"predictions and metrics written to {run.folder}")
     return metrics

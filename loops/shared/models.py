@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -916,7 +917,7 @@ def _loading(key: str, name: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ValueError(f"{key}: {name} brings its own code; set trust_remote_code: true to run it.") from error
         reason = _first_line(error)
-        where = "" if Path(name).is_dir() else " is not a folder here, and as a hub id"
+        where = "" if Path(name).is_dir() else f" is not a folder here{_neighbour(name)}, and as a hub id"
         raise ValueError(f"{key}: {name}{where} could not be loaded: {reason}.") from error
 
 
@@ -943,7 +944,14 @@ def _check_hub_id(key: str, name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{key}: there is no folder {name} (looked up from {Path.cwd()}).") from error
+        raise ValueError(f"{key}: there is no folder {name}{_neighbour(name)}, looked up from {Path.cwd()}.") from error
+
+
+def _neighbour(name: str) -> str:
+    """The folder that a mistyped one may have meant, as a question in brackets, or nothing."""
+    path = Path(name).expanduser()
+    near = get_close_matches(path.name, [other.name for other in path.parent.glob("*") if other.is_dir()], n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def _check_folder(base: str, *, weights: bool) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,8 @@ class ModelSection:
     """Module names."""
     load_in_4bit: bool = False
     """Quantise."""
+    torch_dtype: str = "auto"
+    """Of the weights."""
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.lora_r == 0:
@@ -44,6 +47,10 @@ class OptimSection:
     """Peak learning rate."""
     warmup_steps: int = 0
     """Steps of warm-up."""
+    warmup_ratio: float = 0.0
+    """The same, as a part of all steps."""
+    max_grad_norm: float = 1.0
+    """Clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +105,20 @@ class RunSection:
     """Rows."""
     gradient_accumulation_steps: int = 1
     """Micro-batches."""
+    num_train_epochs: float = 1.0
+    """Passes."""
+    save_best: str | None = None
+    """Metric."""
+    save_total_limit: int = 2
+    """Checkpoints."""
+    resume_from: str = "none"
+    """Checkpoint."""
+    engine: str = "auto"
+    """Sampler."""
+    max_completion_length: int = 256
+    """Tokens."""
+    top_k: int = 0
+    """Likeliest tokens; 0 is all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +339,38 @@ EXPECTED: dict[str, list[tuple[str, dict]]] = {
     "hfdc_output_template": [("--hfdc_output_template A:{a}", {"output_template": "A:{a}"})],
     "hfdc_field_mapping": [('--hfdc_field_mapping {"a":"b"}', {"field_mapping": {"a": "b"}})],
     "hfdc_train_split_ratio": [("--hfdc_train_split_ratio 0.9", {"eval_split_ratio": 0.1})],
+    "base_model": [("--base_model a/b", {"model_id": "a/b"})],
+    "model_revision": [("--model_revision main", {"revision": "main"})],
+    "dtype": [("--dtype bfloat16", {"torch_dtype": "bfloat16"})],
+    "target_modules": [("--target_modules q_proj v_proj", {"lora_target_modules": ["q_proj", "v_proj"]})],
+    "lr": [("--lr 2e-5", {"learning_rate": 2e-5})],
+    "epochs": [("--epochs 3", {"num_train_epochs": 3.0})],
+    "gradient_clipping": [("--gradient_clipping 0.5", {"max_grad_norm": 0.5})],
+    "gradient_clip_val": [("--gradient_clip_val 0.5", {"max_grad_norm": 0.5})],
+    "sequence_len": [("--sequence_len 9", {"max_seq_length": 9})],
+    "model_max_length": [("--model_max_length 9", {"max_seq_length": 9})],
+    "max_new_tokens": [("--max_new_tokens 9", {"max_completion_length": 9})],
+    "use_peft": [("--use_peft --lora_r 8", {"lora_r": 8}), ("--use_peft false --lora_r 8", {"lora_r": 0})],
+    "finetuning_type": [("--finetuning_type lora", {}), ("--finetuning_type full", {"lora_r": 0})],
+    "use_vllm": [("--use_vllm", {"engine": "vllm"}), ("--use_vllm false", {"engine": "transformers"})],
+    "val_set_size": [("--val_set_size 0.05", {"eval_split_ratio": 0.05}), ("--val_set_size 0", {})],
+    "metric_for_best_model": [
+        ("--metric_for_best_model eval_loss", {"save_best": "eval/loss"}),
+        ("--metric_for_best_model accuracy", {"save_best": "eval/accuracy"}),
+    ],
+    "resume_from_checkpoint": [
+        ("--resume_from_checkpoint", {"resume_from": "latest"}),
+        ("--resume_from_checkpoint false", {}),
+        ("--resume_from_checkpoint a/b", {"resume_from": "a/b"}),
+    ],
+    "use_mxfp4": [("--use_mxfp4 false", {})],
+    "early_stopping": [("--early_stopping false", {})],
+    "init_lora_weights": [("--init_lora_weights true", {})],
+    "lora_bias": [("--lora_bias none", {})],
+    "push_to_hub": [("--push_to_hub false", {})],
+    "sync_ref_model": [("--sync_ref_model false", {})],
+    "overwrite_output_dir": [("--overwrite_output_dir false", {})],
+    "load_best_model_at_end": [("--load_best_model_at_end false", {})],
     "full_ft": [
         ("--full_ft", {"lora_r": 0}),
         ("--full_ft --lora_r 8", {"lora_r": 0}),
@@ -347,6 +400,16 @@ EXPECTED: dict[str, list[tuple[str, dict]]] = {
 }
 REFUSED_COMPUTED = {
     "fp16": "--fp16 true",
+    "finetuning_type": "--finetuning_type freeze",
+    "val_set_size": "--val_set_size 500",
+    "use_mxfp4": "--use_mxfp4",
+    "early_stopping": "--early_stopping",
+    "init_lora_weights": "--init_lora_weights pissa",
+    "lora_bias": "--lora_bias all",
+    "push_to_hub": "--push_to_hub",
+    "sync_ref_model": "--sync_ref_model",
+    "overwrite_output_dir": "--overwrite_output_dir",
+    "load_best_model_at_end": "--load_best_model_at_end",
     "eval_strategy": "--eval_strategy epoch",
     "evaluation_strategy": "--evaluation_strategy epoch",
     "save_strategy": "--save_strategy epoch",
@@ -564,7 +627,54 @@ def test_a_json_schema_is_a_mapping_in_a_file_and_json_on_the_command_line(write
         assert again == got
 
 
+@pytest.mark.parametrize(
+    ("content", "key", "value"),
+    [
+        ("report_to: null", "report_to", "none"),
+        ("max_grad_norm: null", "max_grad_norm", 0.0),
+        ("save_total_limit: null", "save_total_limit", 0),
+        ("top_k: -1", "top_k", 0),
+    ],
+)
+def test_a_value_that_means_off_elsewhere_is_ours(write, content, key, value):
+    assert values("--config", write(content))[key] == value
+
+
+def test_warmup_may_be_a_part_of_all_steps_in_either_key(write):
+    """And then the steps of a lower layer, or of the loop's defaults (7), do not hold any more."""
+    for content in ("warmup_steps: 0.1", "warmup_steps: '0.1'"):
+        got = values("--config", write(content))
+        assert (got["warmup_steps"], got["warmup_ratio"]) == (0, 0.1)
+    got = values("--config", write("warmup_steps: 20"), "--warmup_ratio", "0.1")
+    assert got["warmup_ratio"] == 0.1 and got["warmup_steps"] != 20
+    assert values("--warmup_steps", "3")["warmup_steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_the_seeds_own_files_load_with_a_note_for_what_is_not_used(capsys, name):
+    path = Path(__file__).resolve().parents[3] / f"shared/cases/seeds/{name}_args.yaml"
+    if not path.is_file():
+        pytest.skip("the seeds' files are not here")
+    module = importlib.import_module(f"loops.{name}")
+    config = load_config(module.Config, ["--config", str(path)], prog=name)
+    assert flat_values(config)["lora_r"] in (8, 32)
+    notes = capsys.readouterr().err
+    for key in ("checkpoint_dir", "deserialize_messages", "max_prompt_length", "log_on_each_node"):
+        assert (f"`{key}` is not used" in notes) == (f"{key}:" in path.read_text())
+
+
 # Errors
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "clipping_norm", "padding_side", "weights_of_init", "kl_type"])
+def test_a_far_name_is_not_guessed(capsys, key):
+    assert "did you mean" not in refused(capsys, f"--{key}", "1")
+
+
+def test_all_unknown_keys_of_a_file_are_told_at_once(capsys, write):
+    sentence = refused(capsys, "--config", write("larning_rate: 1\nhf_token: x\nxyzzy: 2\nearly_stopping: true\n"))
+    for part in ("`larning_rate`: did you mean `learning_rate`?;", "`xyzzy`: see --help", "set HF_TOKEN", "eval/loss"):
+        assert part in sentence
 
 
 def test_an_unknown_key_names_the_nearest_one_and_the_place(capsys, write):

@@ -18,7 +18,16 @@ from accelerate.state import AcceleratorState
 from configs.text import dump_yaml
 from data.chat import EncodeConfig, Prompt, encode_prompt
 from launch import export
-from launch.evaluate import Config, evaluation_rows, main, mean_scores, read_arguments, reference_of, text_scores
+from launch.evaluate import (
+    Config,
+    evaluation_rows,
+    main,
+    mean_scores,
+    read_arguments,
+    reference_of,
+    text_scores,
+    with_reference,
+)
 from loops.shared.checkpoint import save_checkpoint
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer
 
@@ -236,6 +245,77 @@ def test_a_loops_file_loads_and_its_training_keys_do_nothing(loop):
     name, output, config = read_arguments(["--config", f"configs/{loop}.yaml", "--output=here", "--seed", "7"])
     assert (name, output, config.run.seed) == (None, "here", 7)
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", (False, 1.0, 0)),
+        ("--temperature 0.1", (True, 0.1, 0)),
+        ("--temperature=0", (False, 1.0, 0)),
+        ("--temperature 0.0 --top_k -1 --top_p 1.0", (False, 1.0, 0)),
+        ("--top_k 20", (True, 1.0, 20)),
+        ("--do_sample true --top_k -1", (True, 1.0, 0)),
+    ],
+)
+def test_sampling_keys_given_by_hand_sample(words, expected):
+    _, _, config = read_arguments(["m", *words.split()])
+    assert (config.do_sample, config.rollout.temperature, config.rollout.top_k) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--temperature 0 --top_p 0.9", "temperature 0, so top_p would have no effect"),
+        (
+            "--do_sample false --temperature 0.7",
+            "do_sample is false, or temperature 0, so temperature would have no effect",
+        ),
+        ("--train_batch_size 8", "unknown key `train_batch_size`"),
+        ("--max_tokens_per_batch 512", "unknown key `max_tokens_per_batch`"),
+        ("--loss_type dapo", "unknown key `loss_type`"),
+    ],
+)
+def test_a_key_without_effect_is_refused(words, sentence, capsys):
+    assert main(["m", *words.split()]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_testers_own_flags_are_understood():
+    words = "--batch_size 8 --max_tokens 512 --max-samples 9 --test_path rows.jsonl --tensor_parallel_size 2"
+    _, _, config = read_arguments(["m", *words.split(), "--gpu_memory_utilization", "0.5", "--max_model_len", "4096"])
+    assert (config.generation_batch_size, config.rollout.max_completion_length) == (8, 512)
+    assert (config.data.max_eval_samples, config.data.eval_dataset_name) == (9, "rows.jsonl")
+    vllm = config.rollout
+    assert vllm.vllm_tensor_parallel_size == 2 and vllm.vllm_max_model_len == 4096
+    assert vllm.vllm_gpu_memory_utilization == 0.5
+
+
+def test_without_a_model_it_is_the_newest_checkpoint_or_an_error(tmp_path, capsys):
+    """And not the embedded model, which nobody asked for."""
+    run = make_run(tmp_path / "r")
+    name, _, _ = read_arguments(["--checkpoints_dir", str(tmp_path)])
+    assert Path(name).is_relative_to(run / "checkpoints") and "newest checkpoint" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        read_arguments(["--checkpoints_dir", str(tmp_path / "none")])
+    assert read_arguments(["--model_id", "a/b"])[0] is None
+
+
+def test_a_score_sees_the_reference_that_the_row_has_in_its_conversation():
+    """`rouge_l_precision` on chat rows, beside ROUGE, which finds the last reply."""
+    prompt = Prompt(prompt_ids=[1], text="q", columns={"messages": [{"role": "assistant", "content": "four"}]})
+    assert with_reference(prompt, "four").columns["reference"] == "four" and "reference" not in prompt.columns
+    own = Prompt(prompt_ids=[1], text="q", columns={"answer": "4"})
+    assert with_reference(own, "four") is own and with_reference(prompt, None) is prompt
+
+
+def test_a_mistyped_run_is_told_its_neighbour(tmp_path, monkeypatch, capsys):
+    """As a hub id could be (two names), and as none can."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/chat").mkdir(parents=True)
+    for name in ("runs/chta", "./runs/chta"):
+        assert main([name, "--dataset_name", "rows.jsonl"]) == 2
+        assert "did you mean runs/chat?" in capsys.readouterr().err
 
 
 def test_dataset_name_changes_the_rows_and_nothing_else(tmp_path):

@@ -51,7 +51,8 @@ POINTS = {  # -> how often a run comes there, about
     "time": 1,
 }
 PATIENCE = 20.0  # seconds until the others get the SIGTERM that a launcher would send them
-DEADLINE = 60.0  # seconds that a process may outlive a killed one
+DEADLINE = 60.0  # seconds that a process may outlive a killed one, and
+LENGTHS = 10.0  # times that a whole run took: a machine that is busy with other things is no hang
 
 
 def options(loop: str, topology: str, folder: Path) -> list[str]:
@@ -142,8 +143,11 @@ def start(loop: str, topology: str, folder: Path, log: Path, victim: int | None,
     return children
 
 
-def attempt(loop, topology, folder, log, *, victim=None, point="", count=0, seconds=None) -> tuple[bool, float]:
-    """One attempt; (whether all processes came through, seconds that others outlived the killed one)."""
+def attempt(loop, topology, folder, log, *, length=60.0, victim=None, point="", count=0, seconds=None):
+    """One attempt: whether all processes came through, and the seconds that others outlived the killed one.
+
+    `length` is what a run takes here and now, in seconds."""
+    deadline = DEADLINE + LENGTHS * length
     children = start(loop, topology, folder, log, victim, point, count)
     began, codes, killed_at, last, told = time.monotonic(), {}, None, time.monotonic(), []
     while len(codes) < len(children):
@@ -160,14 +164,14 @@ def attempt(loop, topology, folder, log, *, victim=None, point="", count=0, seco
             os.kill(children[victim], signal.SIGKILL)
         if killed_at and now - killed_at > PATIENCE and not told:  # as torchrun does, at once
             told = [os.kill(child, signal.SIGTERM) for rank, child in enumerate(children) if rank not in codes]
-        if now - (killed_at or began) > (DEADLINE if killed_at else 300):
+        if now - (killed_at or began) > deadline:
             left = [child for rank, child in enumerate(children) if rank not in codes]
             states = [Path(f"/proc/{child}/stat").read_text().split()[2] for child in left]
             for number in (signal.SIGUSR1, signal.SIGKILL):  # say where you are, and end
                 for child in left:
                     os.kill(child, number)
                 time.sleep(2)
-            since = f"{DEADLINE:.0f} s after the kill" if killed_at else "300 s after the start"
+            since = f"{deadline:.0f} s after the {'kill' if killed_at else 'start'}"
             text = log.read_text()[-6000:]
             raise SystemExit(f"{loop} {topology}: {codes} ended, others ({states}) live {since}:\n{text}")
         time.sleep(0.01)
@@ -201,9 +205,8 @@ def run_case(loop: str, topology: str, kills: int, chance: random.Random, parent
             victim = chance.randrange(TOPOLOGIES[topology][0]) if point else None
             seconds = chance.uniform(0.05, length) if point == "time" else None
             count = chance.randint(1, max(1, POINTS.get(point, 1) // (1 + tries)))  # less is left of the run each time
-            through, later = attempt(
-                loop, topology, folder, log, victim=victim, point=point, count=count, seconds=seconds
-            )
+            dies = {"victim": victim, "point": point, "count": count, "seconds": seconds}
+            through, later = attempt(loop, topology, folder, log, length=length, **dies)
             outlived = max(outlived, later)
             if through:
                 break

@@ -67,11 +67,10 @@ def launch(log: Path, *words: str, machine: str | None = None) -> subprocess.Pop
 
 
 def finish(processes: list[subprocess.Popen], logs: list[Path]) -> None:
-    """Wait for all; kill what is left, with its children, when one fails or time is up."""
-    until = time.monotonic() + 240
+    """Wait for all; kill what is left, with its children, when one fails or pytest's time is up."""
     try:
         while any(process.poll() is None for process in processes):
-            assert time.monotonic() < until and not any(process.poll() for process in processes), read(logs)
+            assert not any(process.poll() for process in processes), read(logs)
             time.sleep(0.1)
         assert not any(process.returncode for process in processes), read(logs)
     finally:
@@ -85,7 +84,8 @@ def read(logs: list[Path]) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
 
 
-@pytest.mark.parametrize("topology", ["cpu_ddp", pytest.param("cpu_fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["cpu_ddp", "cpu_fsdp2"])
 def test_two_machines_train_like_two_processes_on_one(machines, tmp_path, topology):
     """The same launch file; `--num_machines 2` and the address of the first machine are all that differs. The same
     bytes: two ranks add two gradients, whose order does not matter, whatever network lies between them."""
@@ -101,7 +101,7 @@ def test_two_machines_train_like_two_processes_on_one(machines, tmp_path, topolo
     ]  # fmt: skip
     finish(two, logs)
     log = tmp_path / "one.log"
-    one = ["--config_file", str(file), "--main_process_port", str(20000 + os.getpid() % 20000)]
+    one = ["--config_file", str(file)]
     finish([launch(log, *one, "loops/sft.py", *SHORT, "--output_dir", str(tmp_path / "one"))], [log])
 
     weights, losses = [], []

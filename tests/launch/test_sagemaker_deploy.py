@@ -588,7 +588,6 @@ def vllm_server(tmp_path_factory):
             server.wait()
 
 
-@pytest.mark.timeout(300)
 def test_vllm_answers_boto3_through_the_runtime(vllm_server):
     """Whole and streamed answers agree; a named tool comes back as a call; and it is the adapter that answers."""
     asked = [{"role": "user", "content": "17 + 25 ="}]

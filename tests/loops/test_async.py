@@ -25,10 +25,7 @@ SERVER = HOUSE / "launch/vllm_server.py"
 STEPS = 4
 PROMPTS, GENERATIONS = 4, 4
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed"),
-    pytest.mark.timeout(120),
-]
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 
 
 @pytest.fixture(scope="module")

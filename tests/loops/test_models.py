@@ -996,7 +996,6 @@ def test_files_that_do_not_fit_together_are_one_sentence(tmp_path, model_id):
         (tmp_path / "base" / name).write_bytes(whole)
 
 
-@pytest.mark.timeout(100)
 def test_an_adapters_own_patterns_are_not_run(tmp_path, model_id):
     """Names and ranks come from the tensors; a pattern that takes for ever, or a rank that is not there, is no help."""
     policy = build(model_id, lora_r=4, lora_target_modules="q_proj,down_proj")

@@ -240,7 +240,7 @@ def test_tensorboard_events_read_back_and_the_cut_rows_are_hidden(accelerator: A
 
 def wandb_records(folder: Path) -> list:
     """Records of a finished offline run. W&B's own process writes the file up to a moment after `finish` returns."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while True:
         records = read_wandb_file(folder)
         if any(record.WhichOneof("record_type") == "exit" for record in records):

@@ -38,14 +38,20 @@ class Leaf:
 
 
 def load_config(
-    config_class: type[ConfigType], argv: list[str] | None = None, *, prog: str, also_in_files: tuple[type, ...] = ()
+    config_class: type[ConfigType],
+    argv: list[str] | None = None,
+    *,
+    prog: str,
+    also_in_files: tuple[type, ...] = (),
+    prints: bool = True,
 ) -> ConfigType:
     """The config that `argv` (default: this process's arguments) asks for.
 
     `config_class` is a frozen dataclass with a default for every field; fields that are dataclasses are sections.
     Files may hold the keys of the classes `also_in_files`, which do nothing here.
     `--help` and `--print_config` print and exit 0. Unknown keys, wrong types, unreadable files and every `ValueError`
-    of a `__post_init__` exit 2 with one sentence that names the file or the command line, the key and what to change.
+    of a `__post_init__` exit 2 with one sentence that names the file or the command line, the key and what to change
+    (on stderr, where this process `prints`, and as the exit's context).
     """
     argv = sys.argv[1:] if argv is None else argv
     leaves = find_leaves(config_class)
@@ -66,9 +72,10 @@ def load_config(
             origin.update(dict.fromkeys(layer, source))
         config = _build(config_class, values, origin, leaves)
     except ValueError as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        if prints:
+            print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    for note in notes:
+    for note in notes if prints else []:
         print(f"{prog}: {note}.", file=sys.stderr)
     if print_only:
         print(dump_config(config), end="")

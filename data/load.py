@@ -240,8 +240,9 @@ def _read_file(path: Path, split: str, key: str, *, chosen: bool = False) -> lis
         return _read_csv(path, DELIMITERS[suffix])
     if suffix not in DATASETS_READERS:
         return _read_json_lines(path)
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    disable_progress_bars()
     try:
         found = load_dataset(DATASETS_READERS[suffix], data_files=glob.escape(str(path)), split="train")
         return [_without_filled(row) for row in found]
@@ -415,8 +416,9 @@ def _drop_none(value: Any) -> Any:
 def _read_folder(folder: Path, split: str, key: str) -> Rows:
     """The rows of the files of a split, from subfolders of any depth too; names of what was read are its note."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        from datasets import DatasetDict, load_from_disk
+        from datasets import DatasetDict, disable_progress_bars, load_from_disk
 
+        disable_progress_bars()
         saved = load_from_disk(str(folder))
         if isinstance(saved, DatasetDict):
             name = _find_split(list(saved), split, _split_name(folder.name))
@@ -504,8 +506,10 @@ def _split_of(path: Path, split: str) -> str:
 
 
 def _read_hub(name: str, split: str, subset: str | None, key: str) -> list[Row]:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    if not sys.stderr.isatty():  # a terminal shows how far a download is
+        disable_progress_bars()
     try:
         return [_without_filled(row) for row in load_dataset(name, subset, split=split)]
     except Exception as error:  # network, missing repository, gated, unknown split: the hub's own words say which

@@ -73,7 +73,7 @@ class Config:
             raise ValueError(f"generation_batch_size is {self.generation_batch_size}; give 1 or more.")
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[str | None, str | None, Config]:
+def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None, str | None, Config]:
     """(model or run, output folder, settings) of the command line.
 
     The loops' own keys are understood in files, where they do nothing; here they are unknown. Without a model, a config
@@ -107,7 +107,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[str | None, str | None, Config]
     if run:
         rest = ["--config", str(run / "config.yaml"), *rest]
     loops = () if {"--help", "-h"} & set(rest) else (sft.Config, dpo.Config, grpo.Config)
-    config: Config = load_config(Config, rest, prog=PROG, also_in_files=loops)
+    config: Config = load_config(Config, rest, prog=PROG, also_in_files=loops, prints=prints)
     return name, own.get("output"), with_sampling(config, keys)
 
 
@@ -317,8 +317,8 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
 def main(argv: list[str] | None = None) -> int:
     """The command; 0 when the files are written, 2 for what the user can correct."""
     try:
-        with one_sentence_errors(PROG):
-            evaluate(*read_arguments(sys.argv[1:] if argv is None else argv))
+        with one_sentence_errors(PROG) as prints:
+            evaluate(*read_arguments(sys.argv[1:] if argv is None else argv, prints))
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

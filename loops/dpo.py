@@ -282,5 +282,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence_errors("loops/dpo.py"):
-        main(load_config(Config, prog="loops/dpo.py"))
+    with one_sentence_errors("loops/dpo.py") as prints:
+        main(load_config(Config, prog="loops/dpo.py", prints=prints))

@@ -340,5 +340,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence_errors("loops/grpo.py"):
-        main(load_config(Config, prog="loops/grpo.py"))
+    with one_sentence_errors("loops/grpo.py") as prints:
+        main(load_config(Config, prog="loops/grpo.py", prints=prints))

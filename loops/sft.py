@@ -179,5 +179,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence_errors("loops/sft.py"):
-        main(load_config(Config, prog="loops/sft.py"))
+    with one_sentence_errors("loops/sft.py") as prints:
+        main(load_config(Config, prog="loops/sft.py", prints=prints))

@@ -2,5 +2,7 @@
 
 import logging
 
-# Imported by peft, it regrets on every command that it cannot fetch optional CPU kernels from the hub.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# As peft imports them they tell of what nobody here misses: kernels that are not built or would come from the hub, and
+# torchao's use of torch.
+for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -891,48 +891,58 @@ _settings: dict = {}  # of the run that this process is in, for advice when memo
 
 
 @contextmanager
-def one_sentence_errors(prog: str) -> Iterator[None]:
+def one_sentence_errors(prog: str) -> Iterator[bool]:
     """End with exit code 2 and one sentence for bad input; anything unexpected keeps its traceback.
 
     Bad input is a ValueError or FileNotFoundError raised by this project's own code (not from inside a library) while
     everything is built: once a step is on the stack, it is a mistake in the code. User code that calls `exit()`
-    ends the run with 1: only this project's own ends have the code 0.
+    ends the run with 1: only this project's own ends have the code 0. torchrun is left the sentence for its own last
+    lines, so of several processes only a machine's first one prints it; yields whether this one does.
     """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    prints = not file or os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def leave(text: str) -> None:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file or os.devnull).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+    def end(sentence: object, code: int) -> NoReturn:
+        text = printable(f"{prog}: error: {sentence}")
+        leave(text)
+        if prints:
+            print(text, file=sys.stderr, flush=True)
+        raise SystemExit(code) from None
+
     try:
-        yield
+        yield prints
     except SystemExit as stop:
         frames = traceback.extract_tb(stop.__traceback__)
         ends = (Path(__file__), Path(__file__).resolve().parents[2] / "configs/loader.py")
         if stop.code not in (None, 0) or Path(frames[-1].filename).resolve() in ends:
+            if isinstance(stop.__context__, ValueError):
+                leave(f"{prog}: {stop.__context__}")
             raise
         caller = next(frame for frame in reversed(frames) if not frame.filename.startswith("<frozen"))
-        print(
-            f"{prog}: error: code of the run's own called exit() ({caller.filename} line {caller.lineno}): nothing was "
-            f"exported; let it raise an error.",
-            file=sys.stderr,
-            flush=True,
-        )
-        raise SystemExit(1) from None
-    except (ValueError, FileNotFoundError) as error:
+        place = f"{caller.filename} line {caller.lineno}"
+        end(f"code of the run's own called exit() ({place}): nothing was exported; let it raise an error.", 1)
+    except (FloatingPointError, WrongLogits) as error:
+        end(error, 1)
+    except torch.OutOfMemoryError as error:
+        traceback.print_exc()
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        end(explain_out_of_memory(error, _settings, num_processes=processes), 1)
+    except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         house = Path(__file__).resolve().parents[2]
         ours = Path(frames[-1].filename).resolve()
         in_a_step = any(frame.name in ("sample_batch", "build_microbatches", "train_step") for frame in frames)
-        if in_a_step or not any(
-            ours.is_relative_to(house / room) for room in ("loops", "losses", "data", "configs", "launch")
-        ):
-            raise
-        print(printable(f"{prog}: error: {error}"), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except (FloatingPointError, WrongLogits) as error:
-        print(printable(f"{prog}: error: {error}"), file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except torch.OutOfMemoryError as error:
-        traceback.print_exc()
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        advice = explain_out_of_memory(error, _settings, num_processes=processes)
-        print(f"{prog}: error: {advice}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        rooms = ("loops", "losses", "data", "configs", "launch")
+        expected = isinstance(error, ValueError | FileNotFoundError) and not in_a_step
+        if expected and any(ours.is_relative_to(house / room) for room in rooms):
+            end(error, 2)
+        leave(f"{type(error).__name__}: {error}")
+        raise
 
 
 def server_key() -> str | None:
@@ -947,10 +957,14 @@ def seed_process(seed: int, rank: int) -> None:
 
 
 def _quieten(is_main: bool) -> None:
-    """Keep the terminal for the run: no libraries' progress bars, no advice that nobody here can follow."""
+    """Keep the terminal for the run: no libraries' progress bars but those of a download that somebody waits for."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    watched = is_main and sys.stderr.isatty() and not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # the hub's too
+    if watched:
+        enable_progress_bars()
     if not is_main:
         logging.getLogger("loops").setLevel(logging.ERROR)
 

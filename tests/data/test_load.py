@@ -48,8 +48,8 @@ def test_float_arguments_of_real_tool_calls_survive():
     assert row["messages"][1]["tool_calls"][0]["function"]["arguments"]["confidence_level"] == 0.95
 
 
-def test_parquet_csv_and_saved_folders_are_read(tmp_path):
-    from datasets import Dataset, DatasetDict
+def test_parquet_csv_and_saved_folders_are_read_and_show_no_bars_of_datasets(tmp_path, capsys):
+    from datasets import Dataset, DatasetDict, enable_progress_bars
 
     rows = [{"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4, or so"}]
     dataset = Dataset.from_list(rows)
@@ -57,7 +57,10 @@ def test_parquet_csv_and_saved_folders_are_read(tmp_path):
     (tmp_path / "a.csv").write_text('question,answer\n1+1,"2"\n2+2,"4, or so"\n')
     dataset.save_to_disk(str(tmp_path / "one"))
     DatasetDict(train=dataset.select([0]), test=dataset.select([1])).save_to_disk(str(tmp_path / "two"))
+    enable_progress_bars()
+    capsys.readouterr()
     assert train_rows(dataset_name=str(tmp_path / "a.parquet")) == rows
+    assert capsys.readouterr().err == ""
     assert [row["question"] for row in train_rows(dataset_name=str(tmp_path / "a.csv"))] == ["1+1", "2+2"]
     assert train_rows(dataset_name=str(tmp_path / "one")) == rows
     assert train_rows(dataset_name=str(tmp_path / "two"), dataset_split="test") == rows[1:]

@@ -293,6 +293,7 @@ def test_bf16_keeps_outputs_and_reductions_in_fp32(folder, one):
 LAUNCH_FILES = {  # file -> (processes, what it shards)
     "cpu_ddp.yaml": (2, None),
     "cpu_fsdp2.yaml": (2, {}),
+    "laptop.yaml": (1, None),
     "one_gpu.yaml": (1, None),
     "gpu8_ddp.yaml": (8, None),
     "gpu8_fsdp2.yaml": (8, {"cpu_ram_efficient_loading": True}),

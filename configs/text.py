@@ -7,6 +7,7 @@ import json
 import os
 import re
 from argparse import ArgumentError
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -49,7 +50,7 @@ def expanded(path: str, where: str) -> str:
 
 
 def typed(value: Any, type_: Any, where: str) -> Any:
-    """`value` as the field's type; text is read as JSON or Python would write the type. `where` begins the error."""
+    """`value` as the field's type; text may be JSON, Python or YAML. `where` begins the error."""
     members = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
     if value is None and NoneType in members:
         return None
@@ -64,6 +65,13 @@ def typed(value: Any, type_: Any, where: str) -> Any:
             pairs = [pair.partition("=") for pair in value.split(",")]
             if all(equals for _, equals, _ in pairs):
                 plain = {name: text if containers[dict] else _read_or_keep(text) for name, _, text in pairs}
+    if (
+        isinstance(plain, str)
+        and plain.lstrip().startswith("{")
+        and dict in [get_origin(one) or one for one in members]
+    ):
+        with suppress(yaml.YAMLError):
+            plain = _read_or_keep(plain) if _read_or_keep(plain) != plain else yaml.load(plain, Loader=_Loader)
     parser = ArgumentParser(parser_mode="literal", exit_on_error=False)
     parser.add_argument("--value", type=type_)
     try:
@@ -77,7 +85,10 @@ def typed(value: Any, type_: Any, where: str) -> Any:
 
 def in_words(type_: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
-    words |= {str: "text (in quotes where it looks like something else)", dict: "a mapping of names to values"}
+    words |= {
+        str: "text (in quotes where it looks like something else)",
+        dict: "a mapping of names to values, as in '{name: value}'",
+    }
     if type_ in words:
         return words[type_]
     if get_origin(type_) in (Union, UnionType):

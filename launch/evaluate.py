@@ -158,14 +158,12 @@ def evaluation_rows(config: Config) -> list[dict[str, Any]]:
     return convert_rows(rows, data, name, limit=data.max_eval_samples)
 
 
-def build_scores(config: RewardConfig, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[float]]:
+def build_scores(config: RewardConfig, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[float]]:
     """The reward functions; `exact_answer`, the default, is left out where no row has the answer that it asks for."""
-    functions, weights = build_rewards(config)
-    if "exact_answer" in functions and not any(row.get("answer") is not None for row in rows):
-        place = list(functions).index("exact_answer")
-        functions.pop("exact_answer")
-        weights.pop(place)
-    return functions, weights
+    rows = [prompt.columns for prompt in prompts]
+    answered = any(row.get("answer") is not None for row in rows)
+    names = [name for name in config.names if answered or name != "exact_answer"]
+    return build_rewards(RewardConfig(reward_functions=names), rows) if names else ({}, [])
 
 
 def reference_of(prompt: Prompt, tokenizer: Any, config: EncodeConfig) -> str | None:
@@ -229,7 +227,7 @@ def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], conf
     if not config.do_sample:
         sampling = replace(sampling, temperature=0.0)
     accelerator, size = run.accelerator, config.generation_batch_size
-    functions = build_scores(config.reward, [prompt.columns for prompt in prompts])
+    functions = build_scores(config.reward, prompts)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     predictions: list[dict[str, Any]] = []
     for start in range(0, math.ceil(len(prompts) / accelerator.num_processes), size):  # as often on every process
@@ -238,13 +236,11 @@ def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], conf
         ids = [prompt.prompt_ids for prompt in chosen]
         groups = engine.sample(ids, n=1, sampling=sampling, seed=config.run.seed, prompt_numbers=places)
         completions: list[Completion] = [group[0] for group in groups]
-        references = [reference_of(prompt, tokenizer, config.encode) for prompt in chosen]
-        seen = [with_reference(prompt, text) for prompt, text in zip(chosen, references, strict=True)]
-        judged = judge_completions(functions, seen, completions)
+        judged = judge_completions(functions, chosen, completions)
         if judged.failure:  # a warning is shown once
             warnings.warn(f"a score failed; its rows count as missing:\n{judged.failure}", stacklevel=1)
         for index, (place, prompt, completion) in enumerate(zip(places, chosen, completions, strict=True)):
-            reference = references[index]
+            reference = reference_of(prompt, tokenizer, config.encode)
             scores = text_scores(completion.text, reference)
             scores |= {name: values[index] for name, values in judged.by_name.items()}
             row: dict[str, Any] = {"row": numbers[place], "prompt": prompt.text, "completion": completion.text}
@@ -277,7 +273,9 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
     rows = evaluation_rows(config)
     prompts, report = encode_rows(rows, encode_prompt, tokenizer, config.encode, what="rows")
     numbers = {id(row): number for number, row in enumerate(rows, start=1)}
-    build_scores(config.reward, rows)  # refuses what it does not know, before the model is read
+    lines = [numbers[id(prompt.columns)] for prompt in prompts]
+    prompts = [with_reference(prompt, reference_of(prompt, tokenizer, config.encode)) for prompt in prompts]
+    build_scores(config.reward, prompts)  # refuses what it does not know, and columns, before the model is read
 
     folder = run_folder_of(Path(name).expanduser()) if name else None
     if output is None and folder:
@@ -295,7 +293,6 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
     run.open(max(step, 1), rows=prompts)
     engine.sync(policy)
     began = time.perf_counter()
-    lines = [numbers[id(prompt.columns)] for prompt in prompts]
     predictions = gather_object(predict(engine, prompts, lines, config, tokenizer, run))
     predictions.sort(key=lambda row: row["row"])
     seconds = time.perf_counter() - began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,6 +196,18 @@ def test_a_reward_that_fails_is_missing_and_not_zero(tmp_path, monkeypatch):
     rows, metrics = results(tmp_path / "out")
     assert metrics["eval/breaks/missing"] == 5.0 and "eval/breaks" not in metrics
     assert metrics["eval/size"] == sum(len(row["completion"]) for row in rows) / 5
+
+
+def test_the_columns_of_rewards_are_checked_before_the_model_is_read(tmp_path, monkeypatch, capsys):
+    """Here of a folder without weights; a reward may ask for the `reference` that rows of messages have."""
+    (tmp_path / "my_prices.py").write_text("def dear(*, completions, reference, price):\n    return price\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shutil.copytree(QUICKSTART, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    turns = [{"role": role, "content": "4"} for role in ("user", "assistant")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    words = [str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    assert main([*words, "--reward_functions", "my_prices:dear"]) == 2
+    assert "dear needs the column price and the rows have messages, reference;" in capsys.readouterr().err
 
 
 def test_text_scores_are_exact_match_and_rouge():

@@ -127,7 +127,7 @@ def deploy(
     Raises ValueError for what would not be served, RuntimeError where the endpoint fails to come up.
     """
     options = options or Options()
-    role = check_role(role)
+    role = check_role(role, dry_run)
     try:
         import boto3
         from sagemaker.core import image_uris

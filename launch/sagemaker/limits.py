@@ -97,8 +97,9 @@ def check_name(name: str, what: str, longest: int) -> None:
         raise ValueError(f"{what} `{name}`: use letters, digits and `-` inside, {longest} at most.")
 
 
-def check_role(role: str | None) -> str:
-    role = role or os.environ.get("SAGEMAKER_ROLE_ARN")
+def check_role(role: str | None, dry_run: bool) -> str:
+    """The role's ARN; a dry run, which has no need of one, shows where it would stand."""
+    role = role or os.environ.get("SAGEMAKER_ROLE_ARN") or ("arn:aws:iam::000000000000:role/ROLE" if dry_run else None)
     if not role:
         raise ValueError("no role: give --role, or set SAGEMAKER_ROLE_ARN (docs/sagemaker.md has its policy).")
     if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", role):

@@ -96,7 +96,7 @@ def submit(
     for path in files:
         if not path.is_file():
             raise ValueError(f"config `{path}` does not exist.")
-    loop, role = loop_of(files[0], settings.loop), check_role(role)
+    loop, role = loop_of(files[0], settings.loop), check_role(role, dry_run)
     chosen = with_places(with_settings(hyperparameters or {}, settings), settings.include)
     whole = read_config(loop, files, encode_hyperparameters(chosen))
     check_addresses({**settings.environment, **flat_values(whole)})

@@ -145,7 +145,7 @@ def test_settings_that_sagemaker_or_the_job_would_refuse_are_refused(given, sent
 
 def test_a_region_and_a_role_are_needed(monkeypatch):
     with pytest.raises(ValueError, match="no role: give --role, or set SAGEMAKER_ROLE_ARN"):
-        submit("configs/grpo.yaml", region="us-east-1", dry_run=True)
+        submit("configs/grpo.yaml", region="us-east-1")
     with pytest.raises(ValueError, match="`admin` is no ARN of a role"):
         submit("configs/grpo.yaml", role="admin", region="us-east-1", dry_run=True)
 
@@ -154,6 +154,7 @@ def test_a_region_and_a_role_are_needed(monkeypatch):
 def test_role_and_region_come_from_the_environment(monkeypatch):
     with pytest.raises(ValueError, match="no region: give --region, or set AWS_DEFAULT_REGION"):
         submit("configs/grpo.yaml", role=ROLE, dry_run=True)
+    assert submit("configs/grpo.yaml", region="us-east-1", dry_run=True).request["RoleArn"].endswith(":role/ROLE")
     monkeypatch.setenv("SAGEMAKER_ROLE_ARN", ROLE)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     request = submit("configs/grpo.yaml", dry_run=True).request

@@ -81,7 +81,6 @@ __all__ = [  # what others use of both files
     "read_manifest",
     "read_state",
     "read_weights",
-    "save_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
@@ -361,32 +360,6 @@ class Saver:
         shutil.rmtree(replaced, ignore_errors=True)
         if job.keep > 0:
             prune(self.parent, job.keep)
-
-
-def save_checkpoint(
-    folder: Path | str,
-    *,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    step: int,
-    state: Mapping[str, Any],
-    keep: int,
-    best: Best | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> Path:
-    """`Saver.save` for one checkpoint, returning when all of it is on disk."""
-    return Saver(folder, accelerator=accelerator).save(
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        step=step,
-        state=state,
-        keep=keep,
-        best=best,
-        extra=extra,
-    )
 
 
 @dataclass

@@ -886,6 +886,7 @@ def quiet_peft(what: str) -> Iterator[None]:
     """Without peft's warnings that say nothing to a user; its errors as one sentence that begins with `what`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # it sees GPT-2's layout by itself
         # it looks at modules only; ranks and scales of experts, which are parameters, are set all the same
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match any targeted")
         try:

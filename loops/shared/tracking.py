@@ -57,13 +57,11 @@ class Tracker:
         resume_step: int | None,
         logging_steps: int,
         total_steps: int | None,
-        headline: Sequence[str],
     ) -> None:
         self.trackers = list(trackers)
         self._failed: set[str] = set()  # names of trackers that get no more rows
         self.logging_steps = max(1, logging_steps)
         self.total_steps = total_steps
-        self.headline = headline
         cut_rows(folder / "metrics.jsonl", resume_step)
         cut_rows(folder / "completions.jsonl", resume_step)
         self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
@@ -73,13 +71,6 @@ class Tracker:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=resume_step or 0, unit="step", dynamic_ncols=True)
-
-    def expect(self, total_steps: int) -> None:
-        """Say how long the run is, once the loop knows (the progress bar starts before the data are read)."""
-        self.total_steps = total_steps
-        if self._bar is not None:
-            self._bar.total = total_steps
-            self._bar.refresh()
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Write one row; call it once a step. Values are numbers, or tensors and arrays with one element.
@@ -106,7 +97,7 @@ class Tracker:
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show how far the run is: a bar on a terminal, else a line every `logging_steps` steps. `Run.log` says
         evaluations in lines of their own; missing rewards are shown where there are any."""
-        numbers = {name: number_of(metrics[name]) for name in self.headline if name in metrics}
+        numbers = {name: number_of(metrics[name]) for name in HEADLINE if name in metrics}
         numbers = {name: value for name, value in numbers.items() if value or name != "reward/missing"}
         shown = {name: f"{value:.4g}" for name, value in numbers.items() if not name.startswith("eval/")}
         if self._bar is not None:
@@ -152,9 +143,6 @@ class Tracker:
 class SilentTracker:
     """The same calls, doing nothing: what every process but the main one holds."""
 
-    def expect(self, total_steps: int) -> None:
-        """See `Tracker.expect`."""
-
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """See `Tracker.log`."""
 
@@ -180,7 +168,6 @@ def start_tracking(
     resume_step: int | None = None,
     logging_steps: int = 1,
     total_steps: int | None = None,
-    headline: Sequence[str] = HEADLINE,
 ) -> Tracker | SilentTracker:
     """Open the run's files and trackers in `folder` (made if missing).
 
@@ -215,14 +202,7 @@ def start_tracking(
             ) from error
         trackers.append(tracker)
     write_run_ids(folder, known_runs)
-    return Tracker(
-        folder,
-        trackers,
-        resume_step=resume_step,
-        logging_steps=logging_steps,
-        total_steps=total_steps,
-        headline=headline,
-    )
+    return Tracker(folder, trackers, resume_step=resume_step, logging_steps=logging_steps, total_steps=total_steps)
 
 
 def tracker_names(report_to: str | Iterable[str], mlflow_uri: str | None = None) -> list[str]:

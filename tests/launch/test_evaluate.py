@@ -29,7 +29,7 @@ from launch.evaluate import (
     text_scores,
     with_reference,
 )
-from loops.shared.checkpoint import save_checkpoint
+from loops.shared.checkpoint import Saver
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -125,8 +125,9 @@ def make_run(folder: Path, **data) -> Path:
     sections = {"model": asdict(config), "data": {"dataset_name": "gone.jsonl", **data}, "run": {"seed": 0}}
     sections |= {"rollout": {"max_completion_length": 6}, "loss_type": "nll", "batch": {"packing": True}}
     (folder / "config.yaml").write_text(dump_yaml(sections))
-    objects = dict(accelerator=Accelerator(cpu=True), model=policy, optimizer=optimizer, scheduler=scheduler)
-    save_checkpoint(folder, step=3, state={"epoch": 0, "loop": "sft", "seed": 0}, keep=0, **objects)
+    objects = dict(model=policy, optimizer=optimizer, scheduler=scheduler)
+    saver = Saver(folder, accelerator=Accelerator(cpu=True))
+    saver.save(step=3, state={"epoch": 0, "loop": "sft", "seed": 0}, keep=0, **objects)
     AcceleratorState._reset_state(True)
     return folder
 

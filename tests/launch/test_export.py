@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from configs.text import dump_yaml
 from launch.export import LIMITS, WrongLogits, compare_logits, find_trained, logits_of, main, rebuild_policy
-from loops.shared.checkpoint import save_checkpoint
+from loops.shared.checkpoint import Saver
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer
 from loops.shared.weights import export_model, iter_weights
 
@@ -82,9 +82,9 @@ def make_run(
     )
     if save:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        objects = dict(accelerator=accelerator, model=policy, optimizer=optimizer, scheduler=scheduler)
+        objects = dict(model=policy, optimizer=optimizer, scheduler=scheduler)
         state = {"epoch": 1, "loop": "sft", "seed": 3} | ({"model": asdict(config)} if name_model else {})
-        save_checkpoint(folder, step=4, state=state, keep=0, **objects)
+        Saver(folder, accelerator=accelerator).save(step=4, state=state, keep=0, **objects)
     return policy.eval()
 
 

@@ -43,7 +43,6 @@ from loops.shared.checkpoint import (
     read_extra,
     read_manifest,
     read_weights,
-    save_checkpoint,
 )
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, learning_rate_at
 
@@ -109,12 +108,13 @@ class Run:
 
     def save(self, folder: Path, step: int, keep: int = 0, epoch: int = 1, **more) -> Path:
         state = {"epoch": epoch, "rows": [1, 2]}
-        return save_checkpoint(folder, step=step, state=state, keep=keep, **more, **self.parts())
+        return self.begin(Saver(folder, accelerator=self.accelerator), step, keep, state=state, wait=True, **more)
 
     def begin(self, saver: Saver, step: int, keep: int = 0, **more) -> Path:
         """A save that training does not wait for."""
         parts = {name: part for name, part in self.parts().items() if name != "accelerator"}
-        return saver.save(step=step, state={"epoch": 1, "rows": [1, 2]}, keep=keep, wait=False, **more, **parts)
+        more = {"state": {"epoch": 1, "rows": [1, 2]}, "wait": False} | more
+        return saver.save(step=step, keep=keep, **more, **parts)
 
     def load(self, path: Path) -> dict:
         return load_checkpoint(path, **self.parts())
@@ -334,7 +334,7 @@ def test_a_save_that_dies_leaves_the_last_one(
 
 def test_a_state_that_is_not_json_writes_nothing(accelerator: Accelerator, tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path, step=1, state={"rows": torch.ones(1)}, keep=0, **Run(accelerator).parts())
+        Run(accelerator).begin(Saver(tmp_path, accelerator=accelerator), 1, state={"rows": torch.ones(1)})
     assert not any(tmp_path.iterdir())
 
 

@@ -1036,7 +1036,7 @@ def test_a_lora_run_shows_no_warnings_of_libraries(tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn if "script_method" not in str(warning.message)]
 
 
-def test_transposed_linear_layers_are_merged_too(tmp_path):
+def test_transposed_linear_layers_are_merged_too_and_without_a_warning(tmp_path, recwarn):
     """GPT-2 keeps its weights as [in, out]."""
     torch.manual_seed(0)
     shape = dict(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=2, n_head=2, eos_token_id=1)
@@ -1046,6 +1046,7 @@ def test_transposed_linear_layers_are_merged_too(tmp_path):
     save_tokenizer(tmp_path / "b", eos_token="<eos>")
     for use_dora in (False, True):
         policy = build(str(tmp_path / "b"), use_dora=use_dora)
+        assert not [str(warning.message) for warning in recwarn if "fan_in" in str(warning.message)]
         train(policy)
         export(policy, tmp_path / "merged", merge=True, model_id=str(tmp_path / "b"))
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

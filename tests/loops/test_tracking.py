@@ -103,7 +103,6 @@ def test_a_new_start_in_a_used_folder_begins_with_empty_files(accelerator: Accel
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     tracker = start(SimpleNamespace(is_main_process=False), tmp_path / "run", report_to="tensorboard")
     assert isinstance(tracker, SilentTracker)
-    tracker.expect(3)
     tracker.log({"a": 1.0}, 1)
     tracker.completions([{"prompt": "p"}], 1)
     tracker.progress(1, {"a": 1.0})
@@ -136,8 +135,7 @@ def test_completions_are_shown_short_and_stored_whole(
 def test_progress_off_a_terminal_is_a_line_every_logging_steps(
     accelerator: Accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = start(accelerator, tmp_path, logging_steps=2, headline=("loss/nll",))
-    tracker.expect(5)
+    tracker = start(accelerator, tmp_path, logging_steps=2, total_steps=5)
     for step in range(1, 6):
         tracker.progress(step, {"loss/nll": step / 3, "policy/kl": 1.0})
     tracker.finish(ok=True)
@@ -150,8 +148,7 @@ def test_progress_on_a_terminal_is_a_bar(
 ) -> None:
     """Resumed at 3 of 4, one step more ends it."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    tracker = start(accelerator, tmp_path, resume_step=3)
-    tracker.expect(4)
+    tracker = start(accelerator, tmp_path, resume_step=3, total_steps=4)
     tracker.progress(4, {"loss/nll": 0.25})
     tracker.completions([{"prompt": "p", "completion": "c", "reward": None}], 4)
     tracker.finish(ok=True)
@@ -209,8 +206,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning_and_the_run_goes_on(
 
 
 def test_trackers_get_thinned_rows_the_last_one_and_every_evaluation(accelerator: Accelerator, tmp_path: Path) -> None:
-    tracker = start(accelerator, tmp_path, logging_steps=4)
-    tracker.expect(9)
+    tracker = start(accelerator, tmp_path, logging_steps=4, total_steps=9)
     tracker.trackers = [only := RecordingTracker("only")]
     for step in range(1, 10):
         tracker.log({"eval/loss": 1.0} if step == 6 else {"loss/nll": 1.0}, step)

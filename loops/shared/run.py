@@ -56,9 +56,9 @@ from loops.shared.sharding import (
 from loops.shared.tracking import (
     SilentTracker,
     Tracker,
+    check_trackers,
     printable,
     start_tracking,
-    tracker_names,
     without_passwords,
 )
 from loops.shared.weights import WrongLogits, check_export, export_model, logits_of
@@ -517,7 +517,6 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     _settings.clear()
     _settings.update(settings)
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    tracker_names(config.report_to, config.mlflow_uri or None)  # refuses what it does not know
     _check_evaluation(config, settings)
     precision, launchers = config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision == "auto" and launchers == "bf16":
@@ -560,6 +559,7 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) ->
     claim, told = None, [str(folder), None, None, False]
     if accelerator.is_main_process:
         try:
+            check_trackers(config.report_to, config.mlflow_uri or None)
             claim, folder, earlier = _take_folder(config, folder)
             told = [str(folder), None, earlier, any((folder / "checkpoints").glob("[!.]*-step*[0-9]"))]
         except ValueError as error:

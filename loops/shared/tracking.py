@@ -19,7 +19,8 @@ import re
 import sys
 import unicodedata
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,19 +188,17 @@ def start_tracking(
     trackers: list[GeneralTracker] = []
     for name in names:
         try:
-            if name == "mlflow":
-                tracker = start_mlflow(folder, mlflow_uri, project, run_name, config, known_runs)
-            elif name == "wandb":
-                tracker = start_wandb(folder, project, run_name, config, known_runs)
-            else:
-                tracker = start_tensorboard(folder, config, resume_step)
-        except Exception as error:
+            with _starting(name):
+                if name == "mlflow":
+                    tracker = start_mlflow(folder, mlflow_uri, project, run_name, config, known_runs)
+                elif name == "wandb":
+                    tracker = start_wandb(folder, project, run_name, config, known_runs)
+                else:
+                    tracker = start_tensorboard(folder, config, resume_step)
+        except ValueError:
             for started in trackers:
                 end_tracker(started, ok=False)
-            raise ValueError(
-                f"{name} could not be started ({type(error).__name__}: {first_line(error)}): correct its settings or "
-                f"take {name} out of report_to."
-            ) from error
+            raise
         trackers.append(tracker)
     write_run_ids(folder, known_runs)
     return Tracker(folder, trackers, resume_step=resume_step, logging_steps=logging_steps, total_steps=total_steps)
@@ -223,6 +222,53 @@ def tracker_names(report_to: str | Iterable[str], mlflow_uri: str | None = None)
     return names
 
 
+def check_trackers(report_to: str | Iterable[str], mlflow_uri: str | None) -> None:
+    """Raise ValueError where MLflow's server or W&B's does not answer, or lets nobody in; it writes nothing.
+
+    Call it before weights are read. Stores in files, and W&B offline, ask nobody.
+    """
+    for name in tracker_names(report_to, mlflow_uri):
+        with _starting(name):
+            if name == "mlflow":
+                import mlflow
+
+                set_mlflow(mlflow_uri)
+                if mlflow.is_tracking_uri_set() and re.match(r"(?!file|sqlite)\w+:", mlflow.get_tracking_uri()):
+                    mlflow.MlflowClient().search_experiments(max_results=1)
+            elif name == "wandb":
+                import wandb
+
+                if wandb.setup().settings.mode in ("online", "shared"):
+                    wandb.login()
+
+
+@contextmanager
+def _starting(name: str) -> Iterator[None]:
+    """Whatever a tracker raises, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{name} could not be started ({type(error).__name__}: {first_line(error)}): correct its settings or "
+            f"take {name} out of report_to."
+        ) from error
+
+
+def set_mlflow(uri: str | None) -> None:
+    """Point MLflow to `uri` (None: leave it), with limits of seconds: its own make training wait for minutes when the
+    server goes away."""
+    import mlflow
+    from mlflow import environment_variables as settings
+
+    if uri is not None:
+        mlflow.set_tracking_uri(uri)
+        if uri.startswith("file:") and not settings.MLFLOW_ALLOW_FILE_STORE.is_set():
+            settings.MLFLOW_ALLOW_FILE_STORE.set(True)  # MLflow 3 refuses file stores unless told twice
+    for setting, limit in ((settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 2), (settings.MLFLOW_HTTP_REQUEST_TIMEOUT, 10)):
+        if not setting.is_set():
+            setting.set(limit)
+
+
 def start_mlflow(
     folder: Path,
     uri: str | None,
@@ -242,15 +288,7 @@ def start_mlflow(
 
     if uri is None and not mlflow.is_tracking_uri_set():
         uri = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
-    if uri is not None:
-        mlflow.set_tracking_uri(uri)
-        if uri.startswith("file:") and not settings.MLFLOW_ALLOW_FILE_STORE.is_set():
-            settings.MLFLOW_ALLOW_FILE_STORE.set(True)  # MLflow 3 refuses file stores unless told twice
-    # MLflow's own limits make training wait for minutes when the server goes away; these make it seconds.
-    for setting, limit in ((settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 2), (settings.MLFLOW_HTTP_REQUEST_TIMEOUT, 10)):
-        if not setting.is_set():
-            setting.set(limit)
-
+    set_mlflow(uri)
     client = mlflow.MlflowClient()
     known = known_runs.get("mlflow")
     if known is not None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,9 +24,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from configs.loader import load_config
+from loops import sft
 from loops.shared.tracking import (
     SilentTracker,
     Tracker,
+    check_trackers,
     print_completions,
     start_tracking,
     tracker_names,
@@ -291,6 +295,39 @@ def test_wandb_offline_has_rows_settings_and_the_exit_code(
     assert end.exit_code == 1
     settings = [item.key or item.nested_key[0] for r in records for item in r.config.update]
     assert {"optim", "model"} <= set(settings)
+
+
+@pytest.mark.tracking
+def test_a_tracker_that_cannot_be_reached_is_told_before_weights_are_read(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is dead, and a W&B without a key: nothing but a sentence, in seconds, and no folder. What stays on
+    this machine is asked nothing."""
+    mlflow = pytest.importorskip("mlflow")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it keeps the first environment that it has seen
+    for key in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_ALLOW_FILE_STORE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(key, "to be put back")
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where W&B would find a key
+    monkeypatch.setenv("WANDB_MODE", "online")
+    shutil.copytree("data/quickstart/model", tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    words = ["--config", "configs/sft.yaml", "--from_scratch", "false", "--model_id", str(tmp_path / "m")]
+    words += ["--output_dir", str(tmp_path / "run")]
+    with socket.socket() as taken:  # a port on which nobody listens
+        taken.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        for more, name in ((["--mlflow_uri", dead], "mlflow"), (["--report_to", "wandb"], "wandb")):
+            with pytest.raises(ValueError, match=f"{name} could not be started"):
+                sft.main(load_config(sft.Config, [*words, *more], prog="sft"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    mlflow.set_tracking_uri(None)
+    check_trackers("wandb, mlflow, tensorboard", None)
+    check_trackers("none", f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(None)
+    assert not any((tmp_path / name).exists() for name in ("run", "mlflow.db"))
 
 
 @pytest.fixture

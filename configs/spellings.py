@@ -8,87 +8,113 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-RENAMED = {
-    "model_name": "model_id",
-    "model_name_or_path": "model_id",
-    "hf_model_id": "model_id",
-    "base_model": "model_id",
-    "model_revision": "revision",
-    "dtype": "torch_dtype",
-    "target_modules": "lora_target_modules",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "gradient_clipping": "max_grad_norm",
-    "gradient_clip_val": "max_grad_norm",
-    "sequence_len": "max_seq_length",
-    "model_max_length": "max_seq_length",
-    "max_new_tokens": "max_completion_length",
-    "lora_rank": "lora_r",
-    "max_length": "max_seq_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "accumulate_grad_batches": "gradient_accumulation_steps",
-    "max_learning_rate": "learning_rate",
-    "log_every_n_steps": "logging_steps",
-    "train_dataset_path": "dataset_name",
-    "val_dataset_path": "eval_dataset_name",
-    "test_dataset_path": "eval_dataset_name",
-    "hfdc_dataset_name": "dataset_name",
-    "hfdc_dataset_config": "dataset_config",
-    "hfdc_split": "dataset_split",
-    "hfdc_input_template": "input_template",
-    "hfdc_output_template": "output_template",
-    "hfdc_field_mapping": "field_mapping",
+_NAMES = {
+    "model_id": "model_name model_name_or_path hf_model_id base_model",
+    "revision": "model_revision",
+    "tokenizer_id": "tokenizer_name tokenizer_name_or_path tokenizer_path",
+    "torch_dtype": "dtype",
+    "compile": "torch_compile",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "target_modules lora_target",
+    "modules_to_save": "lora_modules_to_save",
+    "learning_rate": "lr max_learning_rate",
+    "min_learning_rate": "min_lr",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_grad_norm": "gradient_clipping gradient_clip_val",
+    "num_train_epochs": "epochs num_epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "logging_steps": "log_every_n_steps",
+    "max_seq_length": "max_length sequence_len seq_length max_seq_len model_max_length cutoff_len",
+    "max_completion_length": "max_new_tokens",
+    "reward_functions": "reward_funcs",
+    "num_iterations": "num_ppo_epochs",
+    "dataset_name": "train_dataset_path dataset dataset_path train_file hfdc_dataset_name",
+    "dataset_config": "dataset_config_name hfdc_dataset_config",
+    "dataset_split": "dataset_train_split hfdc_split",
+    "eval_dataset_name": "val_dataset_path test_dataset_path eval_dataset val_dataset validation_file",
+    "eval_dataset_split": "dataset_test_split",
+    "input_template": "hfdc_input_template",
+    "output_template": "hfdc_output_template",
+    "field_mapping": "hfdc_field_mapping",
+    "run_name": "wandb_name wandb_run_name mlflow_run_name",
+    "mlflow_experiment_name": "experiment_name wandb_project",
+    "mlflow_uri": "mlflow_tracking_uri",
+    "collective_timeout": "ddp_timeout",
 }
+RENAMED = {other: ours for ours, others in _NAMES.items() for other in others.split()}
 """Another name for one of our keys, with the same values."""
 
-NOTES = {
-    "data_dir": "is read as `dataset_name`, or not at all where `dataset_name` stands beside it",
-    "limit_val_batches": "is read as `max_eval_samples`: rows over all processes, not batches",
-    "val_check_interval": "is read as `eval_steps`: optimizer steps, not micro-batches",
-    "hfdc_val_test_split_ratio": "is not used: all rows that are held out are evaluation rows",
-    "hfdc_num_proc": "is not used: rows are read by one process",
-    "per_device_eval_batch_size": "is not used: evaluation takes the micro-batches of training, and what it samples "
-    "`max_decode_batch` at once",
-    "checkpoint_dir": "is not used: checkpoints are in `checkpoints` of the run's folder, which is `output_dir`",
-    "max_prompt_length": "is not used: `max_seq_length` is for prompt and completion together",
-    "deserialize_messages": "is not used: conversations are read as JSON text, too",
-    "use_snapshot_download": "is not used: models are always fetched whole",
-    "ignore_data_skip": "is not used: a resumed run goes on with the rows that come next",
-    "log_on_each_node": "is not used: the first process speaks for all",
-    "ddp_find_unused_parameters": "is not used: a loss reaches all trained parameters",
-    "gradient_checkpointing_kwargs": "is not used: checkpointing is non-reentrant",
-    **dict.fromkeys(
-        ("dataloader_num_workers", "dataloader_pin_memory"), "is not used: rows are encoded before training"
+_NOTES = {
+    "is read as `dataset_name`, or not at all where `dataset_name` stands beside it": "data_dir",
+    "is read as `max_eval_samples`: rows over all processes, not batches": "limit_val_batches",
+    "is read as `eval_steps`: optimizer steps, not micro-batches": "val_check_interval",
+    "is not used: all rows that are held out are evaluation rows": "hfdc_val_test_split_ratio",
+    "is not used: evaluation takes the micro-batches of training, and what it samples `max_decode_batch` at once": (
+        "per_device_eval_batch_size eval_batch_size eval_accumulation_steps"
     ),
-    **dict.fromkeys(("dataset_num_proc", "preprocessing_num_workers"), "is not used: rows are read by one process"),
-    "group_by_length": "is not used: rows are packed, so nothing is padded",
-    "remove_unused_columns": "is not used: columns that nobody asks for stay out of the way",
-    "pad_token": "is not used: nothing is padded",
-    "use_liger_kernel": "is not used: the loss never holds the logits of all tokens",
-    "do_train": "is not used: a loop trains; `launch.evaluate` evaluates",
-    "do_eval": "is not used: naming evaluation rows asks for it",
-    "logging_dir": "is not used: logs are in the run's folder",
-    "logging_first_step": "is not used: the first step is always logged",
-    "disable_tqdm": "is not used: the bar is for terminals only",
-    "logging_strategy": "is not used: `logging_steps` says when",
-    "tf32": "is not used: `mixed_precision` says how matrix products are computed",
+    "is not used: checkpoints are in `checkpoints` of the run's folder, which is `output_dir`": "checkpoint_dir",
+    "is not used: `max_seq_length` is for prompt and completion together": "max_prompt_length",
+    "is not used: conversations are read as JSON text, too": "deserialize_messages",
+    "is not used: models are always fetched whole": "use_snapshot_download",
+    "is not used: models are kept where HF_HOME says": "cache_dir",
+    "is not used: `seed` draws the rows, anew in each epoch": "data_seed shuffle shuffle_dataset",
+    "is not used: a resumed run goes on with the rows that come next": "ignore_data_skip",
+    "is not used: the first process speaks for all": "log_on_each_node",
+    "is not used: the launcher says where each process runs": "local_rank use_cpu no_cuda ddp_backend",
+    "is not used: a loss reaches all trained parameters": "ddp_find_unused_parameters",
+    "is not used: checkpointing is non-reentrant": "gradient_checkpointing_kwargs use_reentrant",
+    "is not used: rows are read and encoded by each process, before training": (
+        "hfdc_num_proc dataset_num_proc preprocessing_num_workers num_workers dataloader_num_workers "
+        "dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers"
+    ),
+    "is not used: rows are packed, none sees another, and nothing is padded": (
+        "group_by_length pad_token padding_free sample_packing eval_packing pad_to_sequence_len label_pad_token_id"
+    ),
+    "is not used: columns that nobody asks for stay out of the way": "remove_unused_columns",
+    "is not used: the loss never holds the logits of all tokens": "use_liger_kernel use_liger",
+    "is not used: losses are divided by one count over all processes": "average_tokens_across_devices",
+    "is not used: a loop trains; `launch.evaluate` evaluates": "do_train",
+    "is not used: naming evaluation rows asks for it": "do_eval eval_on_start",
+    "is not used: logs are in the run's folder": "logging_dir",
+    "is not used: the first step is always logged": "logging_first_step",
+    "is not used: the bar is for terminals only": "disable_tqdm",
+    "is not used: `logging_steps` says when": "logging_strategy",
+    "is not used: tokens are counted in every row of metrics.jsonl": (
+        "include_tokens_per_second include_num_input_tokens_seen"
+    ),
+    "is not used: weights are always written as safetensors": "save_safetensors",
+    "is not used: nothing is pushed; `hf upload` takes the run's `model` folder": "hub_model_id hub_strategy",
+    "is not used: `mixed_precision` says how matrix products are computed": "tf32 bf16_full_eval",
 }
+NOTES = {name: note for note, names in _NOTES.items() for name in names.split()}
 """Accepted, and said on stderr that it means something else here, or nothing."""
 
+_SECRET = "would be written to the run folder: set {} in the environment instead"
 REFUSED = {
     "config": "is no key: give several files as `--config base.yaml --config other.yaml`",
+    **dict.fromkeys(("hf_token", "token", "hf_auth_token", "hub_token"), _SECRET.format("HF_TOKEN")),
+    **dict.fromkeys(("wandb_token", "wandb_api_key"), _SECRET.format("WANDB_API_KEY")),
+    "server_api_key": _SECRET.format("VLLM_API_KEY"),
     **dict.fromkeys(
-        ("hf_token", "token", "hf_auth_token"),
-        "would be written to the run folder: set HF_TOKEN in the environment instead",
+        ("deepspeed", "deepspeed_config"),
+        "has no counterpart: leave it out, and set `fsdp: full_shard` to shard with FSDP2",
     ),
     **dict.fromkeys(
-        ("wandb_token", "wandb_api_key"),
-        "would be written to the run folder: set WANDB_API_KEY in the environment instead",
+        ("early_stopping_patience", "early_stopping_threshold"),
+        "has no counterpart: leave it out, and set `save_best: eval/loss`, `eval_steps` and `save_steps`",
     ),
-    "deepspeed": "has no counterpart: leave it out, and set `fsdp: full_shard` to shard with FSDP2",
-    "steps_per_generation": "has no counterpart: leave it out; `prompts_per_step` rollouts make one step, used "
-    "`num_iterations` times",
-    "server_api_key": "would be written to the run folder: set VLLM_API_KEY in the environment instead",
+    "chat_template": "has no counterpart: put chat_template.jinja into the tokenizer's folder, and name that in "
+    "`tokenizer_id`",
+    **dict.fromkeys(
+        ("ref_model", "ref_model_id", "reference_model"),
+        "has no counterpart: the reference is the model that training begins with; leave it out",
+    ),
+    "cache_implementation": "has no counterpart: leave it out",
+    **dict.fromkeys(
+        ("steps_per_generation", "generation_batch_size"),
+        "has no counterpart: leave it out; a step is `prompts_per_step` prompts, used `num_iterations` times",
+    ),
 }
 """Keys that would do harm, or ask for what is not here; the sentence says what to do instead."""
 
@@ -97,6 +123,7 @@ MEANS: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"null": 0.0},
     **dict.fromkeys(("save_total_limit", "eval_steps", "save_steps"), {"null": 0}),
     "top_k": {"-1": 0},
+    "lora_target_modules": {"all": "all-linear"},
 }
 """Values that others write in keys of the same name, as text, and ours: no tracker, no clipping, all, never, off."""
 
@@ -123,6 +150,11 @@ def _finetuning_type(layer: Values, current: Values) -> Values:
     if layer["finetuning_type"] not in ("lora", "full"):
         raise ValueError(f"`finetuning_type: {layer['finetuning_type']}` has no counterpart: give lora or full.")
     return _full_ft({**layer, "full_ft": layer["finetuning_type"] == "full"}, current)
+
+
+def _dataset_text_field(layer: Values, current: Values) -> Values:
+    column = layer["dataset_text_field"]
+    return {} if column == "text" else {"field_mapping": {"text": column}}
 
 
 def _val_set_size(layer: Values, current: Values) -> Values:
@@ -246,6 +278,8 @@ COMPUTED: dict[str, tuple[Any, Callable[[Values, Values], Values]]] = {
     "use_peft": (bool, lambda layer, current: _full_ft({**layer, "full_ft": not layer["use_peft"]}, current)),
     "finetuning_type": (str, _finetuning_type),
     "use_vllm": (bool, lambda layer, _: {"engine": "vllm" if layer["use_vllm"] else "transformers"}),
+    "fast_inference": (bool, lambda layer, _: {"engine": "vllm" if layer["fast_inference"] else "transformers"}),
+    "dataset_text_field": (str, _dataset_text_field),
     "val_set_size": (int | float, _val_set_size),
     "metric_for_best_model": (str, _metric_for_best_model),
     "resume_from_checkpoint": (str | bool | None, _resume_from_checkpoint),

@@ -5,6 +5,7 @@ A name here only counts where the loop's Config has no key of that name. Every e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -152,20 +153,10 @@ def _finetuning_type(layer: Values, current: Values) -> Values:
     return _full_ft({**layer, "full_ft": layer["finetuning_type"] == "full"}, current)
 
 
-def _dataset_text_field(layer: Values, current: Values) -> Values:
-    column = layer["dataset_text_field"]
-    return {} if column == "text" else {"field_mapping": {"text": column}}
-
-
 def _val_set_size(layer: Values, current: Values) -> Values:
     if not 0 <= layer["val_set_size"] < 1:
         raise ValueError("`val_set_size` in rows has no counterpart: give `eval_split_ratio`, a part of the rows.")
     return {"eval_split_ratio": float(layer["val_set_size"])}
-
-
-def _metric_for_best_model(layer: Values, current: Values) -> Values:
-    """transformers' `eval_loss` or `loss` is our `eval/loss`."""
-    return {"save_best": "eval/" + layer["metric_for_best_model"].removeprefix("eval_").removeprefix("eval/")}
 
 
 def _resume_from_checkpoint(layer: Values, current: Values) -> Values:
@@ -174,6 +165,7 @@ def _resume_from_checkpoint(layer: Values, current: Values) -> Values:
 
 
 ONE_VALUE = {
+    "fp16": ("false", "set `bf16: true`, which needs no loss scaling"),
     "use_mxfp4": ("false", "set `load_in_4bit` or `load_in_8bit`"),
     "early_stopping": ("false", "leave it out, and set `save_best: eval/loss`, `eval_steps` and `save_steps`"),
     "init_lora_weights": ("true", "adapters begin as the base model; leave it out"),
@@ -205,23 +197,6 @@ def _use_wandb(layer: Values, current: Values) -> Values:
     return {"report_to": (others + ["wandb"] if layer["use_wandb"] else others) or "none"}
 
 
-def _bf16(layer: Values, current: Values) -> Values:
-    """transformers' flag: false asks for full precision."""
-    return {"mixed_precision": "bf16" if layer["bf16"] else "no"}
-
-
-def _fp16(layer: Values, current: Values) -> Values:
-    if layer["fp16"]:
-        raise ValueError("`fp16` needs loss scaling, which these loops do not have: set `bf16: true`.")
-    return {}
-
-
-def _data_dir(layer: Values, current: Values) -> Values:
-    """The Lightning scripts' folder for processed rows: the rows themselves, unless the same layer names a data set
-    (which is then read straight from its source, and cached by `datasets`)."""
-    return {} if "dataset_name" in layer else {"dataset_name": layer["data_dir"]}
-
-
 def _limit_val_batches(layer: Values, current: Values) -> Values:
     """N batches become N rows: exact for micro-batches of one row on one process, fewer rows elsewhere. 1.0 is all."""
     limit = layer["limit_val_batches"]
@@ -242,10 +217,6 @@ def _val_check_interval(layer: Values, current: Values) -> Values:
             f"`val_check_interval: {interval}` is a part of an epoch: set `eval_steps` to a number of steps."
         )
     return {"eval_steps": interval}
-
-
-def _train_split_ratio(layer: Values, current: Values) -> Values:
-    return {"eval_split_ratio": round(1.0 - layer["hfdc_train_split_ratio"], 12)}
 
 
 def _strategy(key: str, steps: str) -> Callable[[Values, Values], Values]:
@@ -279,21 +250,29 @@ COMPUTED: dict[str, tuple[Any, Callable[[Values, Values], Values]]] = {
     "finetuning_type": (str, _finetuning_type),
     "use_vllm": (bool, lambda layer, _: {"engine": "vllm" if layer["use_vllm"] else "transformers"}),
     "fast_inference": (bool, lambda layer, _: {"engine": "vllm" if layer["fast_inference"] else "transformers"}),
-    "dataset_text_field": (str, _dataset_text_field),
+    "dataset_text_field": (  # `text` is TRL's default, also where rows have other columns
+        str,
+        lambda layer, _: {} if (at := layer["dataset_text_field"]) == "text" else {"field_mapping": {"text": at}},
+    ),
     "val_set_size": (int | float, _val_set_size),
-    "metric_for_best_model": (str, _metric_for_best_model),
+    "metric_for_best_model": (  # `eval_loss` or `loss` is our `eval/loss`
+        str,
+        lambda layer, _: {"save_best": "eval/" + re.sub("^eval[_/]", "", layer["metric_for_best_model"])},
+    ),
     "resume_from_checkpoint": (str | bool | None, _resume_from_checkpoint),
     **{key: (str | bool, _one_value(key)) for key in ONE_VALUE},
     "use_wandb": (bool, _use_wandb),
-    "bf16": (bool, _bf16),
-    "fp16": (bool, _fp16),
+    "bf16": (bool, lambda layer, _: {"mixed_precision": "bf16" if layer["bf16"] else "no"}),
     "eval_strategy": (str, _strategy("eval_strategy", "eval_steps")),
     "evaluation_strategy": (str, _strategy("evaluation_strategy", "eval_steps")),
     "save_strategy": (str, _strategy("save_strategy", "save_steps")),
-    "data_dir": (str, _data_dir),
+    "data_dir": (str, lambda layer, _: {} if "dataset_name" in layer else {"dataset_name": layer["data_dir"]}),
     "limit_val_batches": (int | float, _limit_val_batches),
     "val_check_interval": (int | float, _val_check_interval),
-    "hfdc_train_split_ratio": (float, _train_split_ratio),
+    "hfdc_train_split_ratio": (
+        float,
+        lambda layer, _: {"eval_split_ratio": round(1 - layer["hfdc_train_split_ratio"], 12)},
+    ),
     "num_nodes": (int, _launcher),
     "gpus_per_node": (int, _launcher),
 }

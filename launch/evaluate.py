@@ -304,8 +304,10 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
         summary = {"model": name or model.model_id, "dataset": data, "step": step, **metrics}
         replace_text(run.folder / "metrics.json", json.dumps(summary, indent=1) + "\n")
     run.log(metrics, step)
-    for key in [key for key in metrics if key.removesuffix("/missing") not in metrics]:
-        run.say(f"{key.removesuffix('/missing')}: no row has it, for none has the columns that it needs, or it failed")
+    none = [key for key in metrics if key.endswith("/missing") and key.removesuffix("/missing") not in metrics]
+    if none:
+        names = ", ".join(key.removesuffix("/missing") for key in none)
+        run.say(f"no row has {names}: none has the columns that they need, or they failed")
     run.end(ok=True)
     run.say(f"predictions and metrics written to {run.folder}")
     return metrics

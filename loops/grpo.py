@@ -1,16 +1,17 @@
-"""GRPO: policy gradient on groups of completions, with the group's mean reward as the baseline instead of a critic.
+"""GRPO: policy gradient on groups of completions; the group's mean reward replaces the critic.
 
-As differences from PPO: no value network (the advantage of a completion is its reward, less the mean of its group, over
-the group's standard deviation); the ratio is clipped per token; the KL to the reference, if any, is in the loss.
-DeepSeekMath, https://arxiv.org/abs/2402.03300; `dapo` https://arxiv.org/abs/2503.14476; `dr_grpo` https://arxiv.org/abs/2503.20783.
+As differences from PPO: no value network (the advantage of a completion is its reward, less the
+mean of its group, over the group's standard deviation); the ratio is clipped per token; the KL to
+the reference, if any, is in the loss. DeepSeekMath, https://arxiv.org/abs/2402.03300;
+`dapo` https://arxiv.org/abs/2503.14476; `dr_grpo` https://arxiv.org/abs/2503.20783.
 
-    accelerate launch loops/grpo.py --config configs/grpo.yaml                              # a laptop
-    accelerate launch --multi_gpu --num_processes 8 loops/grpo.py --config my.yaml          # many GPUs
+    accelerate launch loops/grpo.py --config configs/grpo.yaml                        # a laptop
+    accelerate launch --multi_gpu --num_processes 8 loops/grpo.py --config my.yaml    # many GPUs
 
-One step: sample G completions for each of P prompts; reward them; center and scale the rewards of each group;
-then, per micro-batch, score the completions' tokens, add up the clipped loss, backward; clip, step.
+One step: sample G completions for each of P prompts; reward them; center and scale each group's
+rewards; then, per micro-batch, score the tokens, add up the clipped loss, backward; clip, step.
 
-Legend: B completions (row-major by prompt: rows p*G..p*G+G-1 answer prompt p), T tokens, P prompts, G generations.
+Legend: P prompts, G generations, T tokens, B completions (rows p*G..p*G+G-1 answer prompt p).
 """
 
 import time
@@ -21,17 +22,9 @@ import torch
 from accelerate.utils import gather_object
 
 from configs.loader import dump_config, load_config
+from data import pack
 from data.chat import EncodeConfig, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.pack import (
-    BatchConfig,
-    cut_microbatches,
-    pack_check,
-    pack_completions,
-    rows_of_step,
-    share_of_rank,
-    steps_per_epoch,
-)
 from data.rewards import (
     RewardConfig,
     RewardGuard,
@@ -41,8 +34,8 @@ from data.rewards import (
     judge_completions,
     reward_statistics,
 )
-from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer, parameter_line
-from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients, sample_weights
+from loops.shared import models, optim
+from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.ahead import Ahead, rollout_statistics, rollout_sums, sample_and_judge
@@ -50,30 +43,30 @@ from loops.shared.rollout.evaluate import check_sampler, reward_evaluation
 from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
 from losses.grpo import group_advantages, grpo_loss, loss_denominator
 
-PER_TOKEN = "entropy mismatch_kl approx_kl kl clip_low clip_high sampler_weight sampler_capped".split()
+PER_TOKEN = "entropy mismatch_kl approx_kl kl clip_low clip_high sampler_weight sampler_capped"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """GRPO; see the sections for the model, the data, the optimizer and the run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: models.ModelConfig = field(default_factory=models.ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
+    batch: pack.BatchConfig = field(default_factory=pack.BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     prompts_per_step: int = 0
-    """Prompts of one optimizer step over all processes; 0 means: the batch section's completions / num_generations."""
+    """Prompts of a step over all processes; 0: the batch section's rows / num_generations."""
     loss_type: str = "dapo"
-    """dapo (mean over the step's tokens), grpo (mean of the sequences' means) or dr_grpo (over a constant length)."""
+    """dapo (mean over tokens), grpo (mean of sequences' means), dr_grpo (over a fixed length)."""
     importance_sampling_level: str = "token"
     """token, or sequence (GSPO: one length-normalised ratio a completion)."""
     epsilon: float = 0.2
-    """Ratios below 1 - epsilon are clipped (and above 1 + epsilon, unless epsilon_high is given)."""
+    """Ratios below 1 - epsilon are clipped, and above 1 + epsilon unless epsilon_high is given."""
     epsilon_high: float | None = None
     """Upper clip (clip-higher of DAPO, e.g. 0.28)."""
     beta: float = 0.0
@@ -83,72 +76,76 @@ class Config:
     delta: float | None = None
     """Cap of the ratio where the advantage is negative (two-sided clip), above 1 + epsilon_high."""
     importance_sampling_cap: float = 2.0
-    """Tokens of another engine, or of older weights, count min(policy / sampler, this) times; 0: all alike."""
+    """Tokens of another engine or older weights weigh min(policy / sampler, this); 0: all 1."""
     scale_rewards: str | bool = "group"
     """Advantages are divided by the standard deviation of their group, of the whole batch, or by
     none (true and false are older spellings of group and none)."""
     num_iterations: int = 1
     """Updates on one set of rollouts; max_steps, warmup_steps and other steps count the sets."""
     mask_truncated_completions: bool = False
-    """Leave completions that hit max_completion_length out of the loss (they still count in their group's mean)."""
+    """Leave completions cut at max_completion_length out of the loss, not of their group's mean."""
     eval_reward: str | None = "exact_answer"
-    """Reward function whose mean over greedy completions of the evaluation prompts is `eval/accuracy`."""
+    """Reward function whose mean over greedy completions of evaluation prompts is eval/accuracy."""
 
     def __post_init__(self) -> None:
         self.batch.refuse_bins()
         if self.rollout.temperature <= 0:
-            raise ValueError(f"temperature is {self.rollout.temperature}; GRPO samples, so give a temperature above 0.")
+            raise ValueError(f"temperature is {self.rollout.temperature}; give a value above 0.")
         if self.rollout.num_generations < 2:
-            raise ValueError("num_generations is below 2; a group needs at least two completions to compare.")
+            raise ValueError("num_generations is below 2; a group needs at least two completions.")
         restrictions = self.rollout.sampling().restrictions
         if self.num_iterations > 1 and restrictions:
-            raise ValueError(
-                f"num_iterations above 1 with {restrictions[0]} would bias the importance ratios; drop one of them."
-            )
-        for name, least in (("num_iterations", 1), ("prompts_per_step", 0), ("importance_sampling_cap", 0)):
+            what = f"num_iterations above 1 with {restrictions[0]}"
+            raise ValueError(f"{what} would bias the importance ratios; drop one of them.")
+        lowest = {"num_iterations": 1, "prompts_per_step": 0, "importance_sampling_cap": 0}
+        for name, least in lowest.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {least} or more.")
         if self.kl_estimator == "k1" and self.beta:
-            raise ValueError(f"kl_estimator is k1 and beta {self.beta}: k1 has no gradient on average; use k3 or k2.")
+            raise ValueError(f"kl_estimator is k1 and beta {self.beta}: no gradient; use k3 or k2.")
         scale = str(self.scale_rewards).lower()
-        object.__setattr__(self, "scale_rewards", {"true": "group", "false": "none"}.get(scale, scale))  # as TRL had it
-        group_advantages(torch.zeros(2), 2, scale=self.scale_rewards)  # these refuse what they do not know
+        scale = {"true": "group", "false": "none"}.get(scale, scale)  # as TRL had it
+        object.__setattr__(self, "scale_rewards", scale)
+        group_advantages(torch.zeros(2), 2, scale=scale)  # these refuse what they do not know
         zero = torch.zeros(1, 1)
         self.loss(zero, zero, torch.zeros(1), torch.ones(1, 1), ref_logprobs=zero, sampled=zero)
 
     def loss(self, logprobs, old_logprobs, advantages, mask, *, ref_logprobs, sampled):
-        """`losses.grpo.grpo_loss` with this config's settings; [B, T], [B, T], [B], [B, T], [B, T] or None, [B, T].
+        """`losses.grpo.grpo_loss` with this config's settings; advantages are [B], all else [B, T].
 
         sampled: the sampler's log-probabilities, None where the policy itself sampled.
         """
-        names = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "beta", "kl_estimator", "delta")
-        settings = {name: getattr(self, name) for name in names}
+        names = "loss_type importance_sampling_level epsilon epsilon_high beta kl_estimator delta"
+        settings = {name: getattr(self, name) for name in names.split()}
+        settings["ref_logprobs"] = ref_logprobs
         if self.importance_sampling_cap and sampled is not None:
-            settings |= {"sampler_logprobs": sampled, "importance_sampling_cap": self.importance_sampling_cap}
-        return grpo_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, **settings)
+            settings["sampler_logprobs"] = sampled
+            settings["importance_sampling_cap"] = self.importance_sampling_cap
+        return grpo_loss(logprobs, old_logprobs, advantages, mask, **settings)
 
     def prompts(self, num_processes: int) -> int:
-        """Prompts of one optimizer step over all processes; whole groups, so completions are rounded up to them."""
+        """Prompts of one step over all processes; completions are rounded up to whole groups."""
         rows, generations = self.batch.rows_per_step(num_processes), self.rollout.num_generations
         return self.prompts_per_step or -(-rows // generations)
 
 
 def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
-    """Sample and judge this process's share of a step; it exchanges nothing with other processes, so it may run while
-    another step trains. groups: completions that were sampled before the run was resumed, or None."""
-    rows_per_step = config.prompts(accelerator.num_processes)
+    """Sample and judge this process's share of a step; it exchanges nothing with other processes,
+    so it may run while another step trains. groups: completions sampled before a resume."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    size, seed = config.prompts(processes), config.run.seed
     judges = groups is not None or not config.rollout.async_level  # not in the thread: see `Ahead`
-    rows = rows_of_step(step, num_rows=len(prompts), rows_per_step=rows_per_step, seed=config.run.seed)
+    rows = pack.rows_of_step(step, num_rows=len(prompts), rows_per_step=size, seed=seed)
     lengths = [len(prompts[row].prompt_ids) for row in rows]
-    places = share_of_rank(lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes)
+    places = pack.share_of_rank(lengths, rank=rank, num_processes=processes)
     return sample_and_judge(
         engine,
         [prompts[rows[place]] for place in places],
         partial(judge_completions, rewards) if judges else None,
         n=config.rollout.num_generations,
         sampling=config.rollout.sampling(),
-        seed=config.run.seed + 1_000_003 * step,
-        prompt_numbers=places,  # noise belongs to the prompt's place in the step, whichever process samples it
+        seed=seed + 1_000_003 * step,
+        prompt_numbers=places,  # noise belongs to the place in the step, whichever process samples
         groups=groups,
     )
 
@@ -160,7 +157,8 @@ def compare_rewards(share, config, accelerator, guard):
     totals = gather_object([result.total])  # one list a process
     everywhere = torch.tensor(sum(totals, []), dtype=torch.float64)
     guard.seen(result, any_reward=not everywhere.isnan().all())
-    advantages = group_advantages(everywhere, config.rollout.num_generations, scale=config.scale_rewards).float()
+    G = config.rollout.num_generations
+    advantages = group_advantages(everywhere, G, scale=config.scale_rewards).float()
     advantages = advantages.split([len(total) for total in totals])[accelerator.process_index]
     sums = result.metrics() | rollout_sums(share, result.total)
     sums["tokens/loss"] = sum(len(c.token_ids) for c in completions if in_loss(c, config))
@@ -174,27 +172,27 @@ def in_loss(completion, config):
 
 
 def build_microbatches(prompts, completions, advantages, config, accelerator):
-    """Packed micro-batches of (batch, advantages [B], sampler's log-probabilities [B, T]); as many on every process.
-
-    Completions outside the loss are not computed, nor those without an advantage if beta is 0.
-    """
-    asked = [prompt.prompt_ids for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
-    kept = [b for b, c in enumerate(completions) if in_loss(c, config) and (advantages[b] != 0 or config.beta != 0)]
-    cuts = cut_microbatches(
+    """Packed micro-batches (batch, advantages [B], sampler's log-probabilities [B, T]); as many on
+    every process. What has no gradient is not computed: completions outside the loss and, where
+    beta is 0, those without an advantage."""
+    asked = [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
+    kept = [b for b, completion in enumerate(completions) if in_loss(completion, config)]
+    kept = [b for b in kept if advantages[b] != 0 or config.beta != 0]
+    cuts = pack.cut_microbatches(
         [len(completions[b].token_ids) for b in kept],
-        prompts=[asked[b] for b in kept],
+        prompts=[asked[b].prompt_ids for b in kept],
         max_rows=config.batch.per_device_train_batch_size,
         max_tokens=config.batch.max_tokens_per_batch,
     )
     microbatches = []
-    for number in range(max(1, *gather_object([len(cuts)]))):  # at least one, so that every process runs a forward
+    for number in range(max(1, *gather_object([len(cuts)]))):  # every process runs a forward
         rows = [kept[i] for i in cuts[number]] if number < len(cuts) else []
         answers = [completions[b] for b in rows]
-        batch = pack_completions(
-            [asked[b] for b in rows],
+        batch = pack.pack_completions(
+            [asked[b].prompt_ids for b in rows],
             [c.token_ids for c in answers],
             trained=[True] * len(answers),
-            numbers=[prompts[b // config.rollout.num_generations].number for b in rows],
+            numbers=[asked[b].number for b in rows],
         ).to(accelerator.device)
         sampled = batch.lay_out([c.logprobs for c in answers])
         microbatches.append((batch, advantages[rows].to(accelerator.device), sampled))
@@ -202,23 +200,25 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
 
 
 def train_step(
-    policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard, *,
-    off_policy=False,
+    policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator,
+    packing, guard, *, off_policy=False,
 ):  # fmt: skip
     """`num_iterations` updates on one set of rollouts, all at the step's learning rate: (sums of
     metrics, log-probabilities [B, T] before). off_policy: the engine's own word."""
-    sums, old, frozen, temperature = {}, {}, {}, config.rollout.temperature
+    sums, old, frozen = {}, {}, {}
+    settings = {"temperature": config.rollout.temperature, "packing": packing}
     for iteration in range(config.num_iterations):
         for number, (batch, advantages, sampled) in enumerate(microbatches):
             if reference is not None and number not in frozen:
                 with accelerator.autocast(), reference.active() as model:
-                    frozen[number] = score(model, batch, temperature=temperature, packing=packing).logprobs
-            scores = score(policy, batch, temperature=temperature, packing=packing)
-            if iteration == 0:  # nothing was updated since sampling: this pass scores the policy that sampled
+                    frozen[number] = score(model, batch, **settings).logprobs
+            scores = score(policy, batch, **settings)
+            if iteration == 0:  # no update since sampling: this pass scores the policy that sampled
                 old[number] = scores.logprobs.detach()
-            others = {"ref_logprobs": frozen.get(number), "sampled": sampled if off_policy else None}
-            loss, terms = config.loss(scores.logprobs, old[number], advantages, batch.mask, **others)
-            accelerator.backward(loss * accelerator.num_processes / denominator)  # DDP and FSDP average over processes
+            more = {"ref_logprobs": frozen.get(number), "sampled": sampled if off_policy else None}
+            loss, terms = config.loss(scores.logprobs, old[number], advantages, batch.mask, **more)
+            # DDP and FSDP average over processes
+            accelerator.backward(loss * accelerator.num_processes / denominator)
             guard.seen(loss, batch.numbers)
             gap = (old[number] - sampled)[batch.mask]
             terms["loss/policy"] = loss.detach() / denominator / config.num_iterations
@@ -228,32 +228,33 @@ def train_step(
             terms["tokens/scored"] = len(gap)
             terms["tokens/computed"] = batch.num_tokens
             add_sums(sums, terms)
-        sums["optim/grad_norm"] = clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+        max_norm = config.optim.max_grad_norm
+        sums["optim/grad_norm"] = optim.clip_gradients(accelerator, policy, max_norm)
         sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
         if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
-            before = sample_weights(optimizer)
+            before = optim.sample_weights(optimizer)
             optimizer.step()
-            sums["optim/unchanged"] = (sample_weights(optimizer) == before).double().mean()
+            sums["optim/unchanged"] = (optim.sample_weights(optimizer) == before).double().mean()
         optimizer.zero_grad()
     scheduler.step()  # once per step: warmup_steps and max_steps count the same thing
     return sums, old
 
 
 def step_metrics(total):
-    """The step's metrics from its global sums: means over scored tokens (policy), groups or completions (rollout)."""
+    """The step's metrics from its global sums: means over scored tokens, groups or completions."""
     kept = ("loss/", "time/", "optim/", "tokens/")
     kept += ("policy/",) if total["tokens/scored"] else ()  # no value is better than a wrong 0
-    metrics = {name: value for name, value in total.items() if name.startswith(kept)} | reward_statistics(total)
-    per_token = [f"policy/{name}" for name in PER_TOKEN if f"policy/{name}" in metrics]
+    metrics = {name: value for name, value in total.items() if name.startswith(kept)}
+    per_token = [f"policy/{name}" for name in PER_TOKEN.split() if f"policy/{name}" in metrics]
     metrics |= {name: total[name] / total["tokens/scored"] for name in per_token}
-    metrics |= rollout_statistics(total)
+    metrics |= reward_statistics(total) | rollout_statistics(total)
     metrics["tokens/per_second"] = total["tokens/completions"] / total["time/step"]
     return metrics
 
 
 def main(config: Config) -> None:
     """Build everything, train, export."""
-    tokenizer = build_tokenizer(config.model)
+    tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     rewards = build_rewards(config.reward, rows)
     eval_rows = eval_rows or []
@@ -261,26 +262,28 @@ def main(config: Config) -> None:
     judges = {"reward": build_judge(build_rewards(config.reward, eval_rows, key=key))}
     if config.eval_reward:
         judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
-    prompts, report = encode_rows(rows, encode_prompt, tokenizer, config.encode, what="training prompts")
-    eval_prompts, _ = encode_rows(eval_rows, encode_prompt, tokenizer, config.encode, what="evaluation prompts")
+    encoding = (encode_prompt, tokenizer, config.encode)
+    prompts, report = encode_rows(rows, *encoding, what="training prompts")
+    eval_prompts, _ = encode_rows(eval_rows, *encoding, what="evaluation prompts")
 
     run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
     run.say(str(report))
-    policy = build_policy(
-        config.model, tokenizer, seed=config.run.seed, device=accelerator.device, for_fsdp=run.sharded
-    )
-    run.say(parameter_line(policy))
-    longest = max(len(p.prompt_ids) for p in prompts + eval_prompts) + config.rollout.max_completion_length
+    seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
+    policy = models.build_policy(config.model, tokenizer, seed=seed, **place)
+    run.say(models.parameter_line(policy))
+    longest = max(len(p.prompt_ids) for p in prompts + eval_prompts)
+    longest += config.rollout.max_completion_length
     check_context(policy, longest, setting="max_completion_length or max_seq_length", say=run.say)
-    first = pack_check([prompt.prompt_ids for prompt in prompts[:2]], longest)
-    packing = choose_packing(policy, first, wanted=config.batch.packing, compile=config.model.compile, say=run.say)
-    reference = build_reference(policy) if config.beta else None
+    first = pack.pack_check([prompt.prompt_ids for prompt in prompts[:2]], longest)
+    wanted, compiled = config.batch.packing, config.model.compile
+    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.say)
+    reference = models.build_reference(policy) if config.beta else None
     rows_per_step = config.prompts(accelerator.num_processes)
-    epoch_steps = steps_per_epoch(len(prompts), rows_per_step)
+    epoch_steps = pack.steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
-    optimizer = build_optimizer(policy, config.optim, seed=config.run.seed, sharded=run.sharded)
-    scheduler = build_schedule(optimizer, config.optim, total_steps)
+    optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
+    scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = run.prepare(policy, optimizer, reference, engine)
     run.open(total_steps, rows=prompts, rows_per_step=rows_per_step)
@@ -290,11 +293,10 @@ def main(config: Config) -> None:
     if start == 0 and eval_prompts:
         run.log(reward_evaluation(engine, eval_prompts, judges, **settings), 0)
 
-    sample = partial(
-        sample_batch, prompts=prompts, engine=engine, rewards=rewards, config=config, accelerator=accelerator
-    )
-    ahead = Ahead(sample, engine, level=config.rollout.async_level, last=total_steps - 1, record=run.extra())
-    reward_guard = RewardGuard()
+    given = {"config": config, "accelerator": accelerator}
+    sample = partial(sample_batch, prompts=prompts, engine=engine, rewards=rewards, **given)
+    level, guard = config.rollout.async_level, RewardGuard()
+    ahead = Ahead(sample, engine, level=level, last=total_steps - 1, record=run.extra())
     try:
         for step in range(start, total_steps):
             began = time.perf_counter()
@@ -302,8 +304,9 @@ def main(config: Config) -> None:
             share = ahead.take(step)
             engine.rest()
             run.at(step, "the rewards")
-            completions, result, advantages, sums = compare_rewards(share, config, accelerator, reward_guard)
-            microbatches = build_microbatches(share.prompts, completions, advantages, config, accelerator)
+            judged = compare_rewards(share, config, accelerator, guard)
+            asked, (completions, result, advantages, sums) = share.prompts, judged
+            microbatches = build_microbatches(asked, completions, advantages, config, accelerator)
             counts = reduce_sums(accelerator, sums)
             denominator = loss_denominator(
                 config.loss_type,
@@ -314,8 +317,8 @@ def main(config: Config) -> None:
             run.at(step, "the update")
             updating = time.perf_counter()
             sums, old = train_step(
-                policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator,
-                packing, run.guard, off_policy=engine.off_policy or config.rollout.async_level > 0,
+                policy, reference, optimizer, scheduler, microbatches, denominator, config,
+                accelerator, packing, run.guard, off_policy=engine.off_policy or level > 0,
             )  # fmt: skip
             sums["time/update"] = time.perf_counter() - updating
             sums["time/sync"] = engine.sync(policy).seconds
@@ -326,11 +329,12 @@ def main(config: Config) -> None:
             if eval_prompts and run.due(done, config.run.eval_steps, last):
                 metrics |= reward_evaluation(engine, eval_prompts, judges, **settings)
             run.log(metrics, done)
-            run.show_completions(share.prompts, completions, result, advantages.tolist(), done, last)
+            run.show_completions(asked, completions, result, advantages.tolist(), done, last)
             if config.rollout.check_due(step, first=step == start):  # after its numbers are logged
                 check_sampler(microbatches, old, policy, accelerator, config.rollout.max_mismatch)
             if run.saves(done, last):
-                run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=ahead.record())
+                epoch, extra = done // epoch_steps, ahead.record()
+                run.save(policy, optimizer, scheduler, done, epoch=epoch, extra=extra)
     except BaseException:
         engine.close()  # ends the rollout under way, which would be waited for
         raise

@@ -127,10 +127,12 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars (1e-6 is a number; no, off and 2024-01-01 are text), and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
+        first: dict[Any, int] = {}
         for key, _ in node.value:
-            if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands there twice", key.start_mark)
+            if key.value in first:
+                what = f"`{key.value}` stands there twice in line {first[key.value]} and"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            first[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -92,10 +93,9 @@ def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None
             if not equals and not words:
                 raise ValueError(f"the command line: `{key}` needs a folder.")
             own[plain.removesuffix("_dir")] = value if equals else words.pop(0)
-        elif plain == "temperature" and (value if equals else (words or [""])[0]) in ("0", "0.0"):
+        elif plain == "temperature" and re.fullmatch(r"0+\.?0*|\.0+", value if equals else (words or [""])[0]):
             words = words if equals else words[1:]
-            rest += ["--do_sample", "false"]
-            keys = keys - {plain} | {"do_sample"}
+            keys = keys - {plain} | {"greedy"}
         else:
             rest.append(f"--{SAID_HERE[plain]}{equals}{value}" if plain in SAID_HERE else key + equals + value)
     elsewhere = keys & {"config", "model_id", "help", "print_config"} or "-h" in rest
@@ -113,12 +113,12 @@ def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None
 
 def with_sampling(config: Config, given: set[str]) -> Config:
     """`do_sample` as the keys of the command line want it. Raises ValueError where one of them would do nothing."""
+    greedy = "greedy" in given or ("do_sample" in given and not config.do_sample)
     asked = [key for key, off in GREEDY.items() if key in given and getattr(config.rollout, key) != off]
-    if asked and "do_sample" in given and not config.do_sample:
-        raise ValueError(
-            f"do_sample is false, or temperature 0, so {', '.join(asked)} would have no effect: leave out."
-        )
-    return replace(config, do_sample=config.do_sample or bool(asked))
+    asked += ["do_sample"] * ("do_sample" in given and config.do_sample)
+    if asked and greedy:
+        raise ValueError(f"temperature 0, or do_sample false, is greedy: leave it out, or {', '.join(asked)}.")
+    return replace(config, do_sample=(config.do_sample or bool(asked)) and not greedy)
 
 
 def find_model(name: str | None, config: Config) -> Trained | ModelConfig:

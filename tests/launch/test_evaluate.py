@@ -280,10 +280,10 @@ def test_sampling_keys_given_by_hand_sample(words, expected):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--temperature 0 --top_p 0.9", "temperature 0, so top_p would have no effect"),
+        ("--temperature 0 --top_p 0.9", "is greedy: leave it out, or top_p."),
         (
             "--do_sample false --temperature 0.7",
-            "do_sample is false, or temperature 0, so temperature would have no effect",
+            "is greedy: leave it out, or temperature.",
         ),
         ("--train_batch_size 8", "unknown key `train_batch_size`"),
         ("--max_tokens_per_batch 512", "unknown key `max_tokens_per_batch`"),

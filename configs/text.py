@@ -127,12 +127,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars (1e-6 is a number; no, off and 2024-01-01 are text), and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        first: dict[Any, int] = {}
+        first: dict[str, int] = {}
         for key, _ in node.value:
-            if key.value in first:
-                what = f"`{key.value}` stands there twice in line {first[key.value]} and"
+            name = str(key.value)
+            if name in first:
+                what = f"`{name}` stands there twice in line {first[name]} and"
                 raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
-            first[key.value] = key.start_mark.line + 1
+            first[name] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 

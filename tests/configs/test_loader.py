@@ -725,6 +725,7 @@ def test_a_key_in_the_wrong_section_is_told_its_own(capsys):
         ("field_mapping: 'a,b=c'", "`field_mapping` is 'a,b=c': it must be a mapping"),
         ("model: 3", "`model` is a section"),
         ("lora_r: 1\nbeta: 2\nlora_r: 2", "`lora_r` stands there twice in line 1 and in line 3"),
+        ("input_template: {{q}}", "the YAML cannot be read: found unhashable key in line 1"),
         ("lora_r: 1\nlora_rank: 2", "`lora_r` and `lora_rank` both set `lora_r`"),
         ("lora_r: 1\nmodel: {lora_r: 2}", "`lora_r` and `model.lora_r` both set `lora_r`"),
         ("bf16: true\nmixed_precision: no", "`mixed_precision` and `bf16` both set `mixed_precision`"),

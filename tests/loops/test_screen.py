@@ -16,6 +16,12 @@ HOUSE = Path(__file__).resolve().parents[2]
 OURS = ("training prompts: ", "trains ", "packing: ", "1 process", "step ", "model written to ", "eval/")
 
 
+def test_the_loops_and_the_losses_fit_100_columns():
+    """What people read side by side."""
+    files = [*(HOUSE / "loops").glob("*.py"), *(HOUSE / "losses").glob("*.py")]
+    assert not [(path.name, line) for path in files for line in path.read_text().split("\n") if len(line) > 100]
+
+
 def start(*more: str) -> subprocess.CompletedProcess:
     """README's first line without its installation, with more options; both streams as one text."""
     line = re.search(r"pip install -e \. && accelerate launch (.*)", (HOUSE / "README.md").read_text())[1]

@@ -7,6 +7,7 @@ it stands, and a token that straddles the end of the prompt belongs to the compl
 
 from __future__ import annotations
 
+import functools
 import os.path
 import re
 from collections.abc import Callable, Sequence
@@ -108,6 +109,8 @@ class EncodeReport:
     max_seq_length: int = 0
     notes: list[str] = field(default_factory=list)
     """What reading the rows found: their files, and what was parsed, left out or met twice."""
+    stop_tokens: set[str] = field(default_factory=set)
+    """The tokens at which the rows' completions end: of conversations the chat template's."""
 
     def __str__(self) -> str:
         parts = [f"{self.what}: {self.kept} of {self.rows} rows kept"]
@@ -117,7 +120,8 @@ class EncodeReport:
             parts.append(f"{self.too_long} dropped as longer than {self.max_seq_length} tokens")
         if self.unusable:
             parts.append(f"{self.unusable} dropped with nothing to learn from")
-        return "; ".join([", ".join(parts), *self.notes])
+        ends = [f"a turn ends with {' or '.join(sorted(self.stop_tokens))}"] if self.stop_tokens else []
+        return "; ".join([", ".join(parts), *ends, *self.notes])
 
 
 def encode_rows(
@@ -166,10 +170,11 @@ def encode_example(
         else:
             context, reply = _join(prompt, completion, "completion")
             first = len(context) if config.completion_only_loss else None
-            ids, is_target = _encode_conversation(context + reply, row, tokenizer, first)
+            ids, is_target = _encode_conversation(context + reply, row, tokenizer, first, report)
     elif row.get("messages") is not None:
         messages = _as_messages(row["messages"], "user", "messages")
-        ids, is_target = _encode_conversation(messages, row, tokenizer, 0 if config.assistant_only_loss else None)
+        first = 0 if config.assistant_only_loss else None
+        ids, is_target = _encode_conversation(messages, row, tokenizer, first, report)
     elif isinstance(row.get("text"), str):
         ids, is_target = _encode_plain(row["text"], tokenizer, 0)
     else:
@@ -214,7 +219,8 @@ def encode_pair(
             report.unusable += 1
             return None
         sides = [
-            _encode_conversation(context + reply, row, tokenizer, len(context), cut=True) for context, reply in messages
+            _encode_conversation(context + reply, row, tokenizer, len(context), report, cut=True)
+            for context, reply in messages
         ]
 
     (chosen, _), (rejected, _) = sides
@@ -260,6 +266,7 @@ def encode_prompt(
             messages.pop()
         text = _render_checked(messages, tools, tokenizer, generation_prompt=True)
         ids = _tokenise(text, [], tokenizer, special=False)[0]
+        report.stop_tokens.update(turn_ends(tokenizer))
     else:
         raise ValueError(_missing("prompt or messages", "input_template", row))
     if not ids:
@@ -305,12 +312,18 @@ def _encode_plain(text: str, tokenizer: Tokenizer, start: int) -> tuple[list[int
 
 
 def _encode_conversation(
-    messages: list[Message], row: Row, tokenizer: Tokenizer, first: int | None, *, cut: bool = False
+    messages: list[Message],
+    row: Row,
+    tokenizer: Tokenizer,
+    first: int | None,
+    report: EncodeReport,
+    *,
+    cut: bool = False,
 ) -> tuple[list[int], list[bool]]:
     """Ids and targets: the assistant turns from message `first` on, or with None every token. `cut` leaves out what
     follows the last of them."""
     tools = parse_tools(row.get("tools"))
-    text = _render_checked(messages, tools, tokenizer)
+    messages, text = _whole_turns(messages, tools, tokenizer, report)
     spans = [(0, len(text))] if first is None else _assistant_spans(text, messages, tools, tokenizer, first)
     if cut and spans:
         text = text[: spans[-1][1]]
@@ -497,6 +510,72 @@ def _render_checked(
     return _render(messages, tools, tokenizer, generation_prompt=generation_prompt)
 
 
+# Where a turn ends
+
+
+def turn_ends(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The tokens with which the chat template ends an assistant's turn; of a plain reply the first of them.
+
+    That is the token that it writes after the last reply, else the one that follows a reply at once when a question
+    comes after it, else (`_whole_turns` appends it) the tokenizer's end of sequence. A turn that calls tools may end
+    with another one.
+    """
+    return _turn_ends(tokenizer, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=16)
+def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
+    probe = "probe_of_plumbline"
+    talk: list[Message] = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": probe}]
+    call = {"type": "function", "function": {"name": probe, "arguments": {}}}
+    calling: list[Message] = [talk[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    def after(messages: list[Message]) -> str:
+        """What follows the probe; nothing where the template refuses or drops it."""
+        try:
+            return _render(messages, None, tokenizer).partition(probe)[2] if template != "None" else ""
+        except ValueError:
+            return ""
+
+    added = [token for added in tokenizer.added_tokens_decoder.values() if (token := str(added)).strip()]
+    added.sort(key=len, reverse=True)
+    last, followed, called = after(talk).lstrip(), after([*talk, talk[0]]), after(calling).rstrip()
+    stops = [token for token in added if last.startswith(token)][:1]
+    stops = stops or [token for token in added if followed.startswith(token)][:1] or [tokenizer.eos_token]
+    if stops == [None]:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} writes no token at the end of a reply and the tokenizer has"
+            " no end-of-sequence token, so no reply would ever end; give a tokenizer_id that has one of them."
+        )
+    if stops[0] not in called:
+        stops += [token for token in _special_tokens(tokenizer) if called.endswith(token)][:1]
+    return tuple(stops)
+
+
+@functools.lru_cache(maxsize=16)
+def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
+def _whole_turns(
+    messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: Tokenizer, report: EncodeReport
+) -> tuple[list[Message], str]:
+    """The messages and their text, in which each turn has one stop token: a reply that spells it is rid of its own, and
+    where the template writes none after the last reply it is appended."""
+    stops = turn_ends(tokenizer)
+    report.stop_tokens.update(stops)
+    messages = [dict(message) for message in messages]
+    for message in messages:
+        while message["role"] == "assistant" and message["content"].rstrip().endswith(stops):
+            content = message["content"].rstrip()
+            message["content"] = content[: -len(next(stop for stop in stops if content.endswith(stop)))]
+    text = _render_checked(messages, tools, tokenizer)
+    if messages[-1]["role"] == "assistant" and not text.rstrip().endswith((*stops, *_special_tokens(tokenizer))):
+        text += stops[0]
+    return messages, text
+
+
 # Which characters are the assistant's
 
 
@@ -549,7 +628,7 @@ def _marked_spans(
         if closed and inside:
             spans.append((len(plain), len(plain) + len(inside)))
         plain += inside + outside
-    if plain != text:
+    if not text.startswith(plain):
         raise ValueError(
             f"the {{% generation %}} markers of {tokenizer.name_or_path}'s chat template change what it renders;"
             " remove them from the template."
@@ -587,15 +666,18 @@ def _turn_span(
 
 
 def _to_stop_token(text: str, span: Span, tokenizer: Tokenizer) -> Span:
-    """The span ended right after the special token that stops the turn: the model writes nothing after it."""
+    """The span ended right after the token that stops the turn: the model writes nothing after it."""
     start, end = span
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    markers = dict.fromkeys([*tokenizer.all_special_tokens, *added])
     trimmed = start + len(text[start:end].rstrip())
-    for marker in markers:
-        if text.endswith(marker, start, trimmed):
+    stops = turn_ends(tokenizer)
+    for markers, gap in ((stops, r"\s*"), (_special_tokens(tokenizer), "")):
+        if text.endswith(tuple(markers), start, trimmed):
             return start, trimmed
-    for marker in markers:
-        if text.startswith(marker, end):
-            return start, end + len(marker)
+        followed = re.compile(f"{gap}({'|'.join(map(re.escape, markers))})").match(text, end)
+        if followed:
+            return start, followed.end()
+        # A template may write more after the stop token of the last turn, such as the end of sequence.
+        inside = max((text.rfind(stop, start, end) + len(stop) for stop in stops if stop in text[start:end]), default=0)
+        if inside:
+            return start, inside
     return span

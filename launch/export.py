@@ -67,6 +67,8 @@ class Trained:
     """Optimizer steps done, where known."""
     loop: str | None = None
     dataset: str | None = None
+    stops: int | list[int] | None = None
+    """Ids of the tokens that end a completion, where training found more than the base names."""
 
     def __str__(self) -> str:
         """`step 12, QLoRA of rank 32 on BASE`, for the terminal."""
@@ -160,6 +162,8 @@ def rebuild_policy(trained: Trained, *, device: torch.device | str = "cpu") -> P
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
+    if trained.stops is not None:
+        policy.generation_config.eos_token_id = trained.stops  # type: ignore[union-attr]
     return policy.eval()
 
 
@@ -264,7 +268,9 @@ def _read_export(path: Path, base_model: str | None) -> Trained:
         config = replace(config, model_id=str(path), from_scratch=False, lora_r=rank)
     else:
         config = ModelConfig(model_id=str(path), lora_r=0, trust_remote_code=config.trust_remote_code)
-    return _trained(path, kind, config, {}, settings, dtype=dtype)
+    generation = path / "generation_config.json"
+    stops = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    return _trained(path, kind, config, {"stops": stops}, settings, dtype=dtype)
 
 
 def _trained(
@@ -285,6 +291,7 @@ def _trained(
         step=state.get("step"),
         loop=state.get("loop"),
         dataset=settings.get("data", {}).get("dataset_name"),
+        stops=state.get("stops"),
     )
 
 

@@ -223,19 +223,22 @@ def main(config: Config) -> None:
     tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     eval_rows, encoding = eval_rows or [], (tokenizer, config.encode)
-    pairs, report = encode_rows(rows, encode_pair, *encoding, what="training rows")
-    eval_pairs, _ = encode_rows(eval_rows, encode_pair, *encoding, what="evaluation rows")
+    pairs, *reports = encode_rows(rows, encode_pair, *encoding, what="training rows")
+    eval_pairs, report = encode_rows(eval_rows, encode_pair, *encoding, what="evaluation rows")
+    reports.append(report)
     judges, eval_prompts = {}, []
     if config.eval_reward and eval_rows:
         judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
         what = "evaluation prompts"
-        eval_prompts, _ = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
+        eval_prompts, report = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
+        reports.append(report)
 
     run = start_run(config.run, loop="dpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
-    run.say(str(report))
+    run.say("\n".join(str(each) for each in reports if each.rows))
     seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
-    policy = models.build_policy(config.model, tokenizer, seed=seed, **place)
+    stops = reports[0].stop_tokens
+    policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
     run.say(models.parameter_line(policy))
     every = pairs + eval_pairs
     longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in every)

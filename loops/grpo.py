@@ -263,14 +263,16 @@ def main(config: Config) -> None:
     if config.eval_reward:
         judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
     encoding = (encode_prompt, tokenizer, config.encode)
-    prompts, report = encode_rows(rows, *encoding, what="training prompts")
-    eval_prompts, _ = encode_rows(eval_rows, *encoding, what="evaluation prompts")
+    prompts, *reports = encode_rows(rows, *encoding, what="training prompts")
+    eval_prompts, report = encode_rows(eval_rows, *encoding, what="evaluation prompts")
+    reports.append(report)
 
     run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
-    run.say(str(report))
+    run.say("\n".join(str(each) for each in reports if each.rows))
     seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
-    policy = models.build_policy(config.model, tokenizer, seed=seed, **place)
+    stops = reports[0].stop_tokens
+    policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
     run.say(models.parameter_line(policy))
     longest = max(len(p.prompt_ids) for p in prompts + eval_prompts)
     longest += config.rollout.max_completion_length

@@ -132,19 +132,23 @@ def main(config: Config) -> None:
     tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     eval_rows, encoding = eval_rows or [], (tokenizer, config.encode)
-    examples, report = encode_rows(rows, encode_example, *encoding, what="training rows")
-    eval_examples, _ = encode_rows(eval_rows, encode_example, *encoding, what="evaluation rows")
+    examples, *reports = encode_rows(rows, encode_example, *encoding, what="training rows")
+    what = "evaluation rows"
+    eval_examples, report = encode_rows(eval_rows, encode_example, *encoding, what=what)
+    reports.append(report)
     judges, eval_prompts = {}, []
     if config.eval_reward and eval_rows:
         judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
         what = "evaluation prompts"
-        eval_prompts, _ = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
+        eval_prompts, report = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
+        reports.append(report)
 
     run = start_run(config.run, loop="sft", resolved=dump_config(config), settings=asdict(config))
     accelerator = run.accelerator
-    run.say(str(report))
+    run.say("\n".join(str(each) for each in reports if each.rows))
     seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
-    policy = models.build_policy(config.model, tokenizer, seed=seed, **place)
+    stops = reports[0].stop_tokens
+    policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
     run.say(models.parameter_line(policy))
     longest = max(len(example.input_ids) for example in examples + eval_examples)
     check_context(policy, longest, setting="max_seq_length", say=run.say)

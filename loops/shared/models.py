@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -249,9 +249,28 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> No
         )
 
 
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion: of the model's generation config, then of the tokenizer."""
+    found: list[int] = []
+    generation_config = getattr(model, "generation_config", None)
+    for value in (getattr(generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if value is not None:
+            found += [value] if isinstance(value, int) else value
+    return list(dict.fromkeys(found))
+
+
+def add_stop_tokens(model: Any, tokenizer: Any, tokens: Iterable[str]) -> None:
+    """Put the tokens that end the rows' completions into the generation config, from which every engine and every
+    export takes them."""
+    ids = [*stop_token_ids(model, tokenizer), *(tokenizer.convert_tokens_to_ids(token) for token in sorted(tokens))]
+    if set(ids) != set(stop_token_ids(model, None)):
+        model.generation_config.eos_token_id = list(dict.fromkeys(ids))
+
+
 def build_policy(
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_tokens: Iterable[str] = (),
     *,
     seed: int,
     device: torch.device | str,
@@ -264,6 +283,7 @@ def build_policy(
 
     Args:
         tokenizer: checked against the embeddings, when given.
+        stop_tokens: at which the rows' completions end; sampling and exports know them from here.
         seed: of the random weights.
         device: where the weights go. Unquantised weights stay on the CPU when `for_fsdp`, since sharding moves them.
         for_fsdp: the policy will be sharded with FSDP2.
@@ -292,6 +312,7 @@ def build_policy(
         base = _build_base(config, source, device, for_fsdp)
         if tokenizer is not None:
             check_vocabulary(tokenizer, base)
+            add_stop_tokens(base, tokenizer, stop_tokens)
         if config.disable_dropout:
             _without_dropout(base)
         if left := _unreached(base):

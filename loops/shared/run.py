@@ -418,6 +418,7 @@ class Run:
                 step=step,
                 state={
                     **{"step": step, "epoch": epoch, "total_steps": self.total_steps, **self.identity},
+                    "stops": self.accelerator.unwrap_model(policy).generation_config.eos_token_id,  # for exports
                     **{part: self.settings[part] for part in ("model", "optim")},
                 },
                 keep=self.config.save_total_limit,

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.chat import EncodeConfig, encode_example, encode_pair, encode_prompt, encode_rows
+from data.chat import EncodeConfig, EncodeReport, encode_example, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -151,6 +151,48 @@ def test_a_marked_span_that_leaves_out_the_stop_token_is_extended():
     assert encode_example(row, bytes_tokenizer(template), EncodeConfig()) == encode_example(
         row, bytes_tokenizer(CHATML), EncodeConfig()
     )
+
+
+def test_a_turn_is_trained_up_to_one_stop_token_whatever_the_template_writes_around_it():
+    """More after the stop; a stop between turns alone; none at all (the end of sequence is appended). Pairs alike."""
+    for template, first, last in [
+        (UNMARKED + "{% if not add_generation_prompt %}{{ '</s>' }}{% endif %}", None, "a2<|im_end|>"),
+        ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+         "{% if not loop.last or add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "a1<|im_end|>", "a2<|im_end|>"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}", "a1\n", "a2\n</s>"),
+    ]:  # fmt: skip
+        tokenizer = bytes_tokenizer(template)
+        talk = [
+            {"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ("q1", "a1", "q2", "a2"), strict=True)
+        ]
+        report = EncodeReport()
+        if first is None:
+            assert trained({"messages": talk[2:]}, tokenizer) == last
+        else:
+            assert trained({"messages": talk}, tokenizer) == first + last
+        encode_prompt({"prompt": talk[:1]}, tokenizer, EncodeConfig(), report)
+        assert report.stop_tokens == {last.removeprefix("a2").strip()}
+        pair = encode_pair({"prompt": talk[2:3], "chosen": talk[3:], "rejected": "no"}, tokenizer, EncodeConfig())
+        assert tokenizer.decode(pair.chosen_ids) == last
+        spelled = [talk[2], {**talk[3], "content": last.replace("\n", "")}]
+        assert trained({"messages": spelled}, tokenizer) == last  # not twice
+
+
+def test_a_turn_that_calls_tools_may_end_with_a_token_of_its_own():
+    """As gpt-oss: `<|return|>` after a reply, `<|call|>` after a call; here `</s>` and `<|im_start|>`."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + '<|im_start|>' }}{% endfor %}"
+        "{% if m.role == 'assistant' and not m.tool_calls %}{{ '</s>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    report = EncodeReport()
+    encode_prompt({"prompt": TALK[1:2]}, bytes_tokenizer(template), EncodeConfig(), report)
+    assert report.stop_tokens == {"</s>", "<|im_start|>"}
+    assert trained({"messages": [TALK[1], call]}, bytes_tokenizer(template)) == "f<|im_start|>"
 
 
 def test_a_trimmed_space_at_the_end_of_a_marked_span_does_not_mark_the_rest():
@@ -379,7 +421,7 @@ def test_messages_are_normalised():
         ],
     }
     example = encode_example(row, bytes_tokenizer(template), EncodeConfig(assistant_only_loss=False))
-    assert bytes_tokenizer().decode(example.input_ids) == "f;user:q|assistant:f0.95|"
+    assert bytes_tokenizer().decode(example.input_ids) == "f;user:q|assistant:f0.95|</s>"  # no stop of its own
     row["messages"][1]["tool_calls"][0]["arguments"] = "{"
     with pytest.raises(ValueError, match="text of f's arguments is not JSON"):
         encode_example(row, bytes_tokenizer(template), EncodeConfig())

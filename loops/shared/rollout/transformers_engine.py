@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import Cache
 
+from loops.shared.models import stop_token_ids
 from loops.shared.policy import learned_positions
 from loops.shared.rollout.cache import PromptCache
 from loops.shared.rollout.contract import Completion, Sampling, SyncReport, check_call, check_transformers_sampling
@@ -78,7 +79,7 @@ class TransformersEngine:
                 f"the transformers engine cannot sample from {type(causal_model).__name__}, which keeps its state "
                 "elsewhere than in past_key_values; choose another model_id, or set eval_reward: null in SFT and DPO."
             )
-        self._own_stop_token_ids = _own_stop_token_ids(causal_model, tokenizer)
+        self._own_stop_token_ids = stop_token_ids(causal_model, tokenizer)
         self._vocabulary = causal_model.config.get_text_config().vocab_size
         self._positions = learned_positions(model)
 
@@ -314,13 +315,3 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _own_stop_token_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
-    """The stop tokens of the model's generation config and of the tokenizer."""
-    stops: set[int] = set()
-    generation_config = getattr(model, "generation_config", None)
-    for value in (getattr(generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
-        if value is not None:
-            stops.update([value] if isinstance(value, int) else value)
-    return stops

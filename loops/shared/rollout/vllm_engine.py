@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from loops.shared.models import stop_token_ids
 from loops.shared.rollout.contract import (
     Arrived,
     Completion,
@@ -34,7 +35,6 @@ from loops.shared.rollout.contract import (
 )
 from loops.shared.rollout.masks import check_masks, structured_outputs
 from loops.shared.rollout.sampling import noise_keys
-from loops.shared.rollout.transformers_engine import _own_stop_token_ids
 from loops.shared.rollout.weight_transfer import (
     BACKEND,
     LORA_RANKS,
@@ -84,7 +84,7 @@ class Served:
         if self.adapter:
             self.lora_rank = next(rank for rank in LORA_RANKS if rank >= policy.peft_config["default"].r)  # type: ignore[operator,union-attr]
         self.vocabulary = model.config.get_text_config().vocab_size
-        self.stop_token_ids = {token for token in _own_stop_token_ids(model, tokenizer) if token < self.vocabulary}
+        self.stop_token_ids = {token for token in stop_token_ids(model, tokenizer) if token < self.vocabulary}
         self.check([], 1, config.sampling(), [], 0)
 
         self.folder = Path(tempfile.mkdtemp(prefix="plumbline-"))

@@ -175,8 +175,8 @@ def test_moments_take_one_byte_an_element(optimizer: str, moments: int) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_32bit", "adamw_torch_8bit"])
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_rounded_moments_learn_as_whole_ones_do(optimizer: str) -> None:
-    """60 steps: from log 64 to a thousandth of that, as AdamW does. A step takes an eighth off the loss by then: 1e-2 is
-    a twelfth of a step's progress (another CPU moves it by 3e-4); float32's 6e-8 add up to less than 1e-4."""
+    """60 steps: from log 64 to a thousandth of it, as AdamW does. By then a step takes an eighth off the loss: 1e-2 is
+    a twelfth of one (another CPU moves it by 3e-4); float32's 6e-8 add up to less than 1e-4."""
     library_of(optimizer)
     losses = []
     for name in ("adamw_torch", optimizer):

@@ -138,8 +138,8 @@ VARIANTS = {  # name -> settings of the model, all trained for three steps on on
     "qlora": {"lora_r": 4, "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     "continued": {"lora_r": 4},
 }
-# AdamW's g / (|g| + epsilon) is a sign for gradients that are rounding alone, as those of a 4-bit base's adapters: another
-# CPU, another sign. With a wide epsilon the update is continuous.
+# AdamW's g / (|g| + epsilon) is the sign of a gradient that is rounding alone, another one on another CPU: with a wide
+# epsilon the update is continuous.
 OPTIM = dict(learning_rate=5e-3, adam_epsilon=1e-4)
 EXAMPLES = [Example([(3 * i + j) % 60 + 2 for j in range(4 + i)], [True] * (4 + i)) for i in range(6)]
 

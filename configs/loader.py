@@ -213,8 +213,8 @@ def _read_layer(
         section, _, key = written.rpartition(".")
         name = key if key in leaves or key in ignored else RENAMED.get(key, key)
         leaf = leaves.get(name) or ignored.get(name)
-        if name == "warmup_steps" and "warmup_ratio" in leaves and _is_part(value):  # transformers 5 allows it there
-            put("warmup_ratio", value, written)
+        if name == "warmup_steps" and "warmup_ratio" in leaves and re.fullmatch(r"0?\.\d+", str(value)):
+            put("warmup_ratio", value, written)  # transformers 5 allows a part of all steps there
             value = 0
         if leaf and section in ("", leaf.section):
             put(name, value, written)
@@ -246,14 +246,6 @@ def _read_layer(
         text = "; ".join(dict.fromkeys(wrong))
         raise ValueError(f"{source}: {text}" + ("" if text.endswith("?") else "."))
     return layer
-
-
-def _is_part(value: Any) -> bool:
-    """Whether a number of steps is given as a part of all of them."""
-    try:
-        return 0 < float(value) < 1
-    except (TypeError, ValueError):
-        return False
 
 
 # A key given in a layer replaces, with it, what lower layers said of these: values that were chosen to go with the old.

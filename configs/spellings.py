@@ -92,31 +92,25 @@ NOTES = {name: note for note, names in _NOTES.items() for name in names.split()}
 """Accepted, and said on stderr that it means something else here, or nothing."""
 
 _SECRET = "would be written to the run folder: set {} in the environment instead"
-REFUSED = {
-    "config": "is no key: give several files as `--config base.yaml --config other.yaml`",
-    **dict.fromkeys(("hf_token", "token", "hf_auth_token", "hub_token"), _SECRET.format("HF_TOKEN")),
-    **dict.fromkeys(("wandb_token", "wandb_api_key"), _SECRET.format("WANDB_API_KEY")),
-    "server_api_key": _SECRET.format("VLLM_API_KEY"),
-    **dict.fromkeys(
-        ("deepspeed", "deepspeed_config"),
-        "has no counterpart: leave it out, and set `fsdp: full_shard` to shard with FSDP2",
+_REFUSED = {
+    "is no key: give several files as `--config base.yaml --config other.yaml`": "config",
+    _SECRET.format("HF_TOKEN"): "hf_token token hf_auth_token hub_token",
+    _SECRET.format("WANDB_API_KEY"): "wandb_token wandb_api_key",
+    _SECRET.format("VLLM_API_KEY"): "server_api_key",
+    "has no counterpart: leave it out, and set `fsdp: full_shard` to shard with FSDP2": "deepspeed deepspeed_config",
+    "has no counterpart: leave it out, and set `save_best: eval/loss`, `eval_steps` and `save_steps`": (
+        "early_stopping_patience early_stopping_threshold"
     ),
-    **dict.fromkeys(
-        ("early_stopping_patience", "early_stopping_threshold"),
-        "has no counterpart: leave it out, and set `save_best: eval/loss`, `eval_steps` and `save_steps`",
+    "has no counterpart: put chat_template.jinja into the tokenizer's folder, named by `tokenizer_id`": "chat_template",
+    "has no counterpart: the reference is the model that training begins with; leave it out": (
+        "ref_model ref_model_id reference_model"
     ),
-    "chat_template": "has no counterpart: put chat_template.jinja into the tokenizer's folder, and name that in "
-    "`tokenizer_id`",
-    **dict.fromkeys(
-        ("ref_model", "ref_model_id", "reference_model"),
-        "has no counterpart: the reference is the model that training begins with; leave it out",
-    ),
-    "cache_implementation": "has no counterpart: leave it out",
-    **dict.fromkeys(
-        ("steps_per_generation", "generation_batch_size"),
-        "has no counterpart: leave it out; a step is `prompts_per_step` prompts, used `num_iterations` times",
+    "has no counterpart: leave it out": "cache_implementation",
+    "has no counterpart: leave it out; a step is `prompts_per_step` prompts, used `num_iterations` times": (
+        "steps_per_generation generation_batch_size"
     ),
 }
+REFUSED = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
 """Keys that would do harm, or ask for what is not here; the sentence says what to do instead."""
 
 MEANS: dict[str, dict[str, Any]] = {
@@ -204,8 +198,7 @@ def _limit_val_batches(layer: Values, current: Values) -> Values:
         return {"max_eval_samples": 0}
     if limit < 1 or limit != int(limit):
         raise ValueError(
-            f"`limit_val_batches: {limit}` has no counterpart: set `max_eval_samples` to a number of rows, or leave "
-            "out the evaluation rows."
+            f"`limit_val_batches: {limit}` has no counterpart: set `max_eval_samples` to a number of rows."
         )
     return {"max_eval_samples": int(limit)}
 
@@ -213,9 +206,7 @@ def _limit_val_batches(layer: Values, current: Values) -> Values:
 def _val_check_interval(layer: Values, current: Values) -> Values:
     interval = layer["val_check_interval"]
     if isinstance(interval, float):
-        raise ValueError(
-            f"`val_check_interval: {interval}` is a part of an epoch: set `eval_steps` to a number of steps."
-        )
+        raise ValueError(f"`val_check_interval: {interval}` is a part of an epoch: set `eval_steps` in steps.")
     return {"eval_steps": interval}
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -108,7 +107,7 @@ def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None
     elsewhere = keys & {"config", "model_id", "help", "print_config"} or "-h" in rest
     if name is None and (own.get("checkpoints") or not elsewhere):
         name = str(find_trained(None, checkpoints_dir=own.get("checkpoints", "results")).path)
-        if os.environ.get("RANK", "0") == "0":
+        if prints:
             print(f"{PROG}: the newest checkpoint is {name}", file=sys.stderr)
     run = run_folder_of(Path(name).expanduser()) if name else None
     if run:

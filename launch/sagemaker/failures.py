@@ -74,7 +74,8 @@ class Patience:
         tries = 0
         while True:
             try:
-                answer = ask()
+                answer, self.answered = ask(), True
+                return answer
             except aws_errors() as error:
                 tries += 1
                 if not _passes(error) or (tries > 2 and not self.answered):
@@ -82,9 +83,6 @@ class Patience:
                 if tries == 1:
                     self.say(f"{sentence_of(error)}: asking again")
                 time.sleep(self.poll_seconds)
-            else:
-                self.answered = True
-                return answer
 
 
 def _code(error: BaseException) -> str:

@@ -58,7 +58,7 @@ def stage_source(
         shutil.copytree(HOUSE / room, folder / room, ignore=NOT_SHIPPED)
     places = []
     for config in configs:
-        inside = _is_shipped(config)
+        inside = config.resolve().is_relative_to(HOUSE) and config.resolve().relative_to(HOUSE).parts[0] in ROOMS
         place = config.resolve().relative_to(HOUSE) if inside else Path("configs", config.name)
         if not re.fullmatch(r"[\w./-]+", str(place)):
             raise ValueError(f"config `{config}`: rename the file to letters, digits, `_`, `-` and `.`.")
@@ -137,8 +137,3 @@ def check_sources(values: Mapping[str, Any], channels: Mapping[str, Any], includ
             here = [path for path in (Path(f"{top}.py"), Path(top)) if path.exists()]
             if here and top not in ROOMS and not any(Path(path).resolve().stem == top for path in include):
                 raise ValueError(f"`{name}` is in {here[0]}, which the job does not have: add --include {here[0]}.")
-
-
-def _is_shipped(path: Path) -> bool:
-    whole = path.resolve()
-    return whole.is_relative_to(HOUSE) and whole.relative_to(HOUSE).parts[0] in ROOMS

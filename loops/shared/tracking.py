@@ -187,19 +187,13 @@ def start_tracking(
     config = without_passwords(config)
     trackers: list[GeneralTracker] = []
     for name in names:
-        try:
-            with _starting(name):
-                if name == "mlflow":
-                    tracker = start_mlflow(folder, mlflow_uri, project, run_name, config, known_runs)
-                elif name == "wandb":
-                    tracker = start_wandb(folder, project, run_name, config, known_runs)
-                else:
-                    tracker = start_tensorboard(folder, config, resume_step)
-        except ValueError:
-            for started in trackers:
-                end_tracker(started, ok=False)
-            raise
-        trackers.append(tracker)
+        with _starting(name, trackers):
+            if name == "mlflow":
+                trackers.append(start_mlflow(folder, mlflow_uri, project, run_name, config, known_runs))
+            elif name == "wandb":
+                trackers.append(start_wandb(folder, project, run_name, config, known_runs))
+            else:
+                trackers.append(start_tensorboard(folder, config, resume_step))
     write_run_ids(folder, known_runs)
     return Tracker(folder, trackers, resume_step=resume_step, logging_steps=logging_steps, total_steps=total_steps)
 
@@ -223,10 +217,7 @@ def tracker_names(report_to: str | Iterable[str], mlflow_uri: str | None = None)
 
 
 def check_trackers(report_to: str | Iterable[str], mlflow_uri: str | None) -> None:
-    """Raise ValueError where MLflow's server or W&B's does not answer, or lets nobody in; it writes nothing.
-
-    Call it before weights are read. Stores in files, and W&B offline, ask nobody.
-    """
+    """Raise ValueError where MLflow's server or W&B's does not answer, or lets nobody in. It writes nothing."""
     for name in tracker_names(report_to, mlflow_uri):
         with _starting(name):
             if name == "mlflow":
@@ -243,11 +234,13 @@ def check_trackers(report_to: str | Iterable[str], mlflow_uri: str | None) -> No
 
 
 @contextmanager
-def _starting(name: str) -> Iterator[None]:
-    """Whatever a tracker raises, as one sentence."""
+def _starting(name: str, before: Sequence[GeneralTracker] = ()) -> Iterator[None]:
+    """Whatever a tracker raises, as one sentence; those that were started before it are ended."""
     try:
         yield
     except Exception as error:
+        for started in before:
+            end_tracker(started, ok=False)
         raise ValueError(
             f"{name} could not be started ({type(error).__name__}: {first_line(error)}): correct its settings or "
             f"take {name} out of report_to."

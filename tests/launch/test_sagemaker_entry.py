@@ -292,7 +292,8 @@ def test_the_models_channel_says_which_model(tmp_path):
 def test_a_config_that_cannot_be_read_is_one_sentence(tmp_path):
     (tmp_path / "own.yaml").write_text("a: 1\na: 2\n")
     places = write_job(tmp_path / "ml", training=["a.jsonl"])
-    with pytest.raises(ValueError, match="^.*own.yaml: the YAML cannot be read: `a` stands there twice in line 1.$"):
+    message = "^.*own.yaml: the YAML cannot be read: `a` stands there twice in line 1 and in line 2.$"
+    with pytest.raises(ValueError, match=message):
         config_of(places, "--config", str(tmp_path / "own.yaml"))
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import os.path
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -96,7 +97,7 @@ class Prompt:
 
 @dataclass
 class EncodeReport:
-    """What became of the rows: `rows == kept + too_long + unusable`; truncated rows are kept ones."""
+    """What became of the rows: `rows == kept + too_long + unusable + no_reply`; truncated rows are kept ones."""
 
     what: str = "rows"
     rows: int = 0
@@ -106,6 +107,10 @@ class EncodeReport:
     """Dropped: longer than max_seq_length (for `truncate`: already the prompt fills it)."""
     unusable: int = 0
     """Dropped: nothing to train on, or chosen and rejected do not differ or have no prompt in common."""
+    no_reply: int = 0
+    """Dropped: the reply is null."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What the chat template left out of the rows, by kind."""
     max_seq_length: int = 0
     notes: list[str] = field(default_factory=list)
     """What reading the rows found: their files, and what was parsed, left out or met twice."""
@@ -120,7 +125,12 @@ class EncodeReport:
             parts.append(f"{self.too_long} dropped as longer than {self.max_seq_length} tokens")
         if self.unusable:
             parts.append(f"{self.unusable} dropped with nothing to learn from")
+        if self.no_reply:
+            parts.append(f"{self.no_reply} dropped because their reply is null")
         ends = [f"a turn ends with {' or '.join(sorted(self.stop_tokens))}"] if self.stop_tokens else []
+        if self.dropped:
+            lost = " and ".join(f"{number} {kind}" for kind, number in sorted(self.dropped.items()))
+            ends.append(f"the chat template drops {lost}")
         return "; ".join([", ".join(parts), *ends, *self.notes])
 
 
@@ -140,17 +150,41 @@ def encode_rows(
     notes = list(getattr(rows, "notes", ()))  # of data/load.py's Rows
     report = EncodeReport(what=what, rows=len(rows), max_seq_length=config.max_seq_length, notes=notes)
     kept: list[Encoded] = []
+    bad: dict[int, Exception] = {}
     for number, row in enumerate(rows, start=1):
+        if bad and (len(bad) == 10 or number > min(bad) + 1000):  # enough to mend the file; the rest may take long
+            break
         try:
             encoded = encode_fn(row, tokenizer, config, report)
-        except ValueError as error:
-            raise ValueError(f"{what}, row {number}: {error}") from error
-        if encoded is not None:
-            kept.append(replace(encoded, number=number))
+        except NoReply:
+            report.no_reply += 1
+        except Exception as error:  # tokenizers and templates raise whatever they like
+            bad[number] = error
+        else:
+            if encoded is not None:
+                kept.append(replace(encoded, number=number))
+    if bad:
+        (number, first), *others = bad.items()
+        reason = str(first)
+        if not isinstance(first, ValueError):
+            reason = f"it cannot be encoded ({type(first).__name__}: {reason.rstrip('.')})."
+            if re.search("[\ud800-\udfff]", _texts(rows[number - 1])):
+                reason = "it holds half of a surrogate pair, which is no character; take it out."
+        if others:
+            numbers = ", ".join(str(other) for other, _ in others)
+            reason = f"{reason.rstrip('.')}; row{'s' * (len(others) > 1)} {numbers} cannot be used either."
+        raise ValueError(f"{what}, row {number}: {reason}") from first
     report.kept = len(kept)
     if rows and not kept:
         raise ValueError(f"{report}: raise max_seq_length or look at the columns {', '.join(rows[0])}.")
     return kept, report
+
+
+def _texts(value: Any) -> str:
+    """All text in a value, one piece a line."""
+    if isinstance(value, dict | list | tuple):
+        return "\n".join(map(_texts, value.values() if isinstance(value, dict) else value))
+    return value if isinstance(value, str) else ""
 
 
 def encode_example(
@@ -168,7 +202,7 @@ def encode_example(
             start = len(prompt) if config.completion_only_loss else 0
             ids, is_target = _encode_plain(prompt + completion, tokenizer, start)
         else:
-            context, reply = _join(prompt, completion, "completion")
+            context, reply = _continued(*_join(prompt, completion, "completion"))
             first = len(context) if config.completion_only_loss else None
             ids, is_target = _encode_conversation(context + reply, row, tokenizer, first, report)
     elif row.get("messages") is not None:
@@ -177,6 +211,8 @@ def encode_example(
         ids, is_target = _encode_conversation(messages, row, tokenizer, first, report)
     elif isinstance(row.get("text"), str):
         ids, is_target = _encode_plain(row["text"], tokenizer, 0)
+    elif row.get("prompt") is not None and "completion" in row:
+        raise NoReply("its completion is null; give text.")
     else:
         raise ValueError(_missing("prompt and completion, messages, or text", "output_template", row))
 
@@ -205,6 +241,8 @@ def encode_pair(
     """
     report = report or EncodeReport()
     if row.get("chosen") is None or row.get("rejected") is None:
+        if "chosen" in row and "rejected" in row:
+            raise NoReply("its chosen or its rejected is null; give text.")
         raise ValueError(_missing("chosen and rejected", "chosen_template, rejected_template", row))
     prompt, replies = row.get("prompt"), (row["chosen"], row["rejected"])
     if all(isinstance(reply, str) for reply in replies) and isinstance(prompt, str | None):
@@ -247,7 +285,8 @@ def encode_prompt(
 ) -> Prompt | None:
     """A row's `prompt` (or its `messages` up to the last reply) as tokens to sample from; None drops it.
 
-    A conversation ends with the template's generation prompt. A prompt is never cut.
+    A conversation ends with the template's generation prompt, and with the beginning of the reply where the prompt has
+    one as its last message. A prompt is never cut.
     """
     report = report or EncodeReport()
     tools = parse_tools(row.get("tools"))
@@ -264,7 +303,11 @@ def encode_prompt(
             messages = _as_messages(row[name], "user", name)
         while name == "messages" and messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        text = _render_checked(messages, tools, tokenizer, generation_prompt=True)
+        begun = messages.pop()["content"] if _is_begun(messages) else ""
+        text = _render_checked(messages, tools, tokenizer, report, generation_prompt=True)
+        if begun.lstrip().startswith("<think>") and text.rstrip().endswith("<think>"):  # of the generation prompt
+            text = text.rstrip().removesuffix("<think>")
+        text += begun
         ids = _tokenise(text, [], tokenizer, special=False)[0]
         report.stop_tokens.update(turn_ends(tokenizer))
     else:
@@ -325,12 +368,24 @@ def _encode_conversation(
     tools = parse_tools(row.get("tools"))
     messages, text = _whole_turns(messages, tools, tokenizer, report)
     spans = [(0, len(text))] if first is None else _assistant_spans(text, messages, tools, tokenizer, first)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and index >= (first or 0) and not all(message.get(f, 1) for f in _FLAGS):
+            span = _to_stop_token(text, _turn_span(text, messages, index, tools, tokenizer), tokenizer)
+            spans = _without(spans, span)
+        if spans and first is not None and (begun := message.get("begun")):
+            found = text.find(begun, spans[0][0])
+            spans = _without(spans, (0, found + len(begun) if found >= 0 else spans[0][0]))
     if cut and spans:
         text = text[: spans[-1][1]]
     ids, is_target = _tokenise(text, spans, tokenizer, special=False)
     if is_target:
         is_target[0] = False
     return ids, is_target
+
+
+def _without(spans: list[Span], hole: Span) -> list[Span]:
+    pieces = [piece for start, end in spans for piece in ((start, min(end, hole[0])), (max(start, hole[1]), end))]
+    return [(start, end) for start, end in pieces if start < end]
 
 
 def _tokenise(text: str, spans: list[Span], tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[bool]]:
@@ -421,6 +476,19 @@ def _join(prompt: Any, reply: Any, name: str) -> tuple[list[Message], list[Messa
     return context, reply
 
 
+def _continued(context: list[Message], reply: list[Message]) -> tuple[list[Message], list[Message]]:
+    """A reply that the prompt has begun as one turn; what the prompt has of it stands in its key `begun`."""
+    if not _is_begun(context) or reply[0]["role"] != "assistant":
+        return context, reply
+    begun = context[-1]["content"]
+    return context[:-1], [{**reply[0], "content": begun + reply[0]["content"], "begun": begun}, *reply[1:]]
+
+
+def _is_begun(context: list[Message]) -> bool:
+    last = context[-1]
+    return len(context) > 1 and last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
+
+
 _SYSTEM = ("system", "developer")
 
 
@@ -436,7 +504,7 @@ def _pair_messages(prompt: Any, chosen: Any, rejected: Any) -> list[tuple[list[M
         whole = [_as_messages(side, "assistant", name) for side, name in ((chosen, "chosen"), (rejected, "rejected"))]
         shared = _shared_length(whole[0][:-1], whole[1][:-1])
         return [(messages[:shared], messages[shared:]) for messages in whole]
-    sides = [_join(prompt, chosen, "chosen"), _join(prompt, rejected, "rejected")]
+    sides = [_continued(*_join(prompt, side, name)) for side, name in ((chosen, "chosen"), (rejected, "rejected"))]
     if sides[0][0] != sides[1][0]:
         raise ValueError("its chosen and rejected have different system messages; give both the same.")
     return sides
@@ -445,6 +513,14 @@ def _pair_messages(prompt: Any, chosen: Any, rejected: Any) -> list[tuple[list[M
 def _asks_nothing(context: list[Message], reply: list[Message]) -> bool:
     """Whether the question of a pair stands in its completion, so that the other completion may answer another one."""
     return not context or (reply[0]["role"] == "user" and all(message["role"] in _SYSTEM for message in context))
+
+
+_FLAGS = ("weight", "train", "training", "loss")
+"""Keys of a message that say whether a reply is trained (OpenAI's, Mistral's and other frameworks')."""
+
+
+class NoReply(ValueError):
+    """A row whose reply is null: `encode_rows` drops and counts it."""
 
 
 def _as_message(message: Any, key: str) -> Message:
@@ -459,6 +535,14 @@ def _as_message(message: Any, key: str) -> Message:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"its {key} holds the content {_shown(content)}; give text.")
+    for name in _FLAGS:
+        if name in message and message[name] not in (0, 1):
+            raise ValueError(
+                f"its {key} holds a message with {name} {_shown(message[name])}; give 1 or true to train on it, 0 or"
+                " false to keep it as context."
+            )
+    if message["role"] == "assistant" and not message.keys() - {"role", *_FLAGS}:
+        raise NoReply(f"its {key} holds a reply that is null; give text.")
     calls = message.pop("tool_calls", None)
     return {**message, "content": content, **({"tool_calls": parse_tool_calls(calls)} if calls else {})}
 
@@ -488,10 +572,12 @@ def _render_checked(
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     tokenizer: Tokenizer,
+    report: EncodeReport,
     *,
     generation_prompt: bool = False,
 ) -> str:
-    """The conversation as text; refused where there is no template, or one that drops tools or calls."""
+    """The conversation as text; refused where there is no template, or one that drops tools or calls. Other words that
+    the template drops are counted."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"it is a conversation and the tokenizer {tokenizer.name_or_path} has no chat template;"
@@ -507,7 +593,27 @@ def _render_checked(
                 " tool calls without a word; give a tokenizer_id whose template renders tools, or remove them from"
                 " the rows with a converter."
             )
-    return _render(messages, tools, tokenizer, generation_prompt=generation_prompt)
+    text = _render(messages, tools, tokenizer, generation_prompt=generation_prompt)
+    report.dropped.update(kind for kind, words in _words(messages) if words.strip() not in text)
+    return text
+
+
+def _words(messages: list[Message]) -> Iterator[tuple[str, str]]:
+    """What a template may leave out without a word, and its name in the report."""
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant":
+            for key in ("reasoning_content", "reasoning", "thinking"):
+                if isinstance(message.get(key), str):
+                    yield "thoughts", message[key]
+            thought, closed, answer = content.rpartition("</think>")
+            if closed:
+                yield "thoughts", thought.rpartition("<think>")[2]
+            yield ("words beside tool calls" if "tool_calls" in message else "replies"), answer
+        elif message["role"] in _SYSTEM:
+            yield "system messages", content
+        elif message["role"] == "user":
+            yield "questions", content
 
 
 # Where a turn ends
@@ -570,7 +676,7 @@ def _whole_turns(
         while message["role"] == "assistant" and message["content"].rstrip().endswith(stops):
             content = message["content"].rstrip()
             message["content"] = content[: -len(next(stop for stop in stops if content.endswith(stop)))]
-    text = _render_checked(messages, tools, tokenizer)
+    text = _render_checked(messages, tools, tokenizer, report)
     if messages[-1]["role"] == "assistant" and not text.rstrip().endswith((*stops, *_special_tokens(tokenizer))):
         text += stops[0]
     return messages, text
@@ -588,7 +694,7 @@ def _assistant_spans(
     An assistant turn that opens the conversation answers nothing and stays context in the second way.
     """
     template = tokenizer.get_chat_template(tools=tools)
-    if _MARKER.search(template):
+    if any(match[1] for match in _MARKER.finditer(template)):
         begin = 0
         if first > 0:
             context = _render(messages[:first], tools, tokenizer, generation_prompt=True)
@@ -604,7 +710,7 @@ def _assistant_spans(
     return [_to_stop_token(text, span, tokenizer) for span in spans]
 
 
-_MARKER = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_MARKER = re.compile(r"\{#.*?#\}|(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", re.DOTALL)  # comments mark nothing
 _OPEN, _CLOSE = "\ue0f0plumbline(", ")plumbline\ue0f1"
 
 
@@ -618,7 +724,7 @@ def _marked_spans(
     """
     macro = f"{{% macro plumbline_turn() %}}{_OPEN}{{{{ caller() }}}}{_CLOSE}{{% endmacro %}}{{{{ '' }}}}"
     bracketed = _MARKER.sub(
-        lambda match: match[1] + ("endcall" if match[2] else "call plumbline_turn()") + match[3], template
+        lambda m: m[1] + ("endcall" if m[2] else "call plumbline_turn()") + m[3] if m[1] else m[0], template
     )
     rendered = _render(messages, tools, tokenizer, template=macro + bracketed)
     spans: list[Span] = []

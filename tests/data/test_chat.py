@@ -180,6 +180,86 @@ def test_a_turn_is_trained_up_to_one_stop_token_whatever_the_template_writes_aro
         assert trained({"messages": spelled}, tokenizer) == last  # not twice
 
 
+def test_a_reply_flagged_as_context_is_not_trained():
+    """`weight: 0` and its kin, with markers, without, with every other token trained, and in pairs."""
+    for flag, value in [("weight", 0), ("train", False), ("training", False), ("loss", 0)]:
+        talk = [*TALK[:2], {**TALK[2], flag: value}, TALK[3], {**TALK[4], flag: 1}]
+        for tokenizer in (bytes_tokenizer(CHATML), bytes_tokenizer(UNMARKED)):
+            assert trained({"messages": talk}, tokenizer) == TALK[4]["content"] + "<|im_end|>"
+            every = trained({"messages": talk}, tokenizer, assistant_only_loss=False)
+            assert "h\u00e9llo" not in every and "Be kind" in every and "fine.<|im_end|>" in every
+            pair = encode_pair({"prompt": talk[:2], "chosen": talk[2:], "rejected": "no"}, tokenizer, EncodeConfig())
+            flags = zip(pair.chosen_ids, pair.chosen_is_target, strict=True)
+            assert tokenizer.decode([i for i, t in flags if t]) == TALK[4]["content"] + "<|im_end|>"
+    talk[2]["loss"] = 0.5
+    with pytest.raises(ValueError, match="a message with loss 0.5; give 1 or true"):
+        trained({"messages": talk}, tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, UNMARKED])
+def test_a_reply_that_the_prompt_begins_is_continued(template):
+    tokenizer = bytes_tokenizer(template)
+    prompt = [TALK[1], {"role": "assistant", "content": "It is "}]
+    sampled = encode_prompt({"prompt": prompt}, tokenizer, EncodeConfig())
+    assert sampled.text.endswith("<|im_start|>assistant\nIt is ")
+    example = encode_example({"prompt": prompt, "completion": "four"}, tokenizer, EncodeConfig())
+    assert tokenizer.decode(example.input_ids).startswith(sampled.text + "four<|im_end|>")
+    assert trained({"prompt": prompt, "completion": "four"}, tokenizer) == "four<|im_end|>"
+    pair = encode_pair({"prompt": prompt, "chosen": "four", "rejected": "five"}, tokenizer, EncodeConfig())
+    assert tokenizer.decode(pair.prompt_ids) == sampled.text
+    assert [tokenizer.decode(ids) for ids, _ in pair.completions()] == ["four<|im_end|>", "five<|im_end|>"]
+    opens = template.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+    thinking = [TALK[1], {"role": "assistant", "content": "<think>"}]
+    assert encode_prompt({"prompt": thinking}, bytes_tokenizer(opens), EncodeConfig()).text.count("<think>") == 1
+
+
+def test_what_a_template_drops_is_counted():
+    """Thoughts, words beside calls, system texts; what stands in the text is not."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role + ':' }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content.split('</think>')[-1] }}"
+        "{% endif %}{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    call = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "f", "arguments": {}}]}
+    rows = [
+        {"messages": TALK},
+        {"messages": [TALK[1], {"role": "assistant", "content": "<think>hmm</think>yes"}]},
+        {"messages": [TALK[1], {"role": "assistant", "content": "yes", "reasoning_content": "hmm"}]},
+        {"messages": [TALK[1], call]},
+    ]
+    _, report = encode_rows(rows, encode_example, bytes_tokenizer(template), EncodeConfig(), what="rows")
+    assert report.dropped == {"system messages": 1, "thoughts": 2, "words beside tool calls": 1}
+    assert "the chat template drops 1 system messages and 2 thoughts and 1 words beside tool calls" in str(report)
+    _, report = encode_rows(rows[:2], encode_example, bytes_tokenizer(UNMARKED), EncodeConfig(), what="rows")
+    assert not report.dropped
+
+
+def test_null_replies_are_dropped_and_counted():
+    good = {"prompt": "q", "completion": "a"}
+    rows = [good, {"prompt": "q", "completion": None}, {"messages": [TALK[1], {"role": "assistant", "content": None}]}]
+    kept, report = encode_rows(rows, encode_example, bytes_tokenizer(UNMARKED), EncodeConfig(), what="rows")
+    assert (len(kept), report.no_reply) == (1, 2)
+    assert "2 dropped because their reply is null" in str(report)
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": None}]
+    assert encode_rows(rows, encode_pair, bytes_tokenizer(), EncodeConfig(), what="pairs")[1].no_reply == 1
+
+
+def test_whatever_fails_in_a_row_is_one_sentence_with_the_rows():
+    good, half, wrong = {"prompt": "q", "completion": "a"}, {"text": "\ud83d"}, {"prompt": "q"}
+    for rows, said in [
+        ([good, half], "rows, row 2: it holds half of a surrogate pair, which is no character; take it out."),
+        ([wrong, good, half, wrong], "rows, row 1: the columns .*; rows 3, 4 cannot be used either."),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            encode_rows(rows, encode_example, bytes_tokenizer(), EncodeConfig(), what="rows")
+
+
+def test_a_comment_in_a_template_marks_nothing():
+    template = "{# put {% generation %} here #}" + UNMARKED
+    row = {"messages": TALK}
+    assert trained(row, bytes_tokenizer(template)) == trained(row, bytes_tokenizer(CHATML))
+
+
 def test_a_turn_that_calls_tools_may_end_with_a_token_of_its_own():
     """As gpt-oss: `<|return|>` after a reply, `<|call|>` after a call; here `</s>` and `<|im_start|>`."""
     template = (

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from loops.shared.attention import Layout, NotPackable, compare_masks, register_attention
+from loops.shared.weights import LIMITS as ROUNDING
 from losses.logprobs import token_logprobs
 
 
@@ -176,7 +177,8 @@ def _plain_forward(model: nn.Module, batch, temperature: float) -> tuple[Tensor,
     return logprobs, -(everything.exp() * everything).sum(-1)
 
 
-# How far the packed and the plain log-probabilities of one token may differ, by dtype of the computation.
+# How far the packed and the plain log-probabilities of one token may differ, by dtype of the computation. Measured on 2
+# and 24 random layers: 2e-6 in float32; 0.01 and 0.07 in bfloat16, most where routers choose.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
@@ -249,18 +251,19 @@ def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[
 @torch.no_grad()
 def check_causal(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> None:
     """Raise ValueError for a model that sees its targets: change the last token, the logits before it must not move."""
-    ids = batch.input_ids[:, :16]
+    ids = batch.input_ids[:, :4]  # few, so that each weighs in what sees them all
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % base_model(model).get_input_embeddings().weight.shape[0]
     was_training = model.training
     model.eval()
-    logits = model(input_ids=torch.cat([ids, other]), use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=torch.cat([ids, other]), use_cache=False).logits.float()
     model.train(was_training)
-    moved = (logits[0] - logits[1]).abs().max().item()
-    if moved > TOLERANCE[compute_dtype]:
+    each = (logits[0] - logits[1]).square().mean(-1).sqrt()  # [tokens]
+    moved = (each[:-1].mean() / each[-1]).item()
+    if moved > ROUNDING[compute_dtype]:
         raise ValueError(
-            f"model_id: {type(base_model(model)).__name__} is not causal: logits before a token move by {moved:.2g} "
-            "when that token changes, so it would see what it is to predict; choose a decoder, or set is_decoder: true "
+            f"model_id: {type(base_model(model)).__name__} is not causal: logits before a token move {moved:.2g} "
+            "times as much as its own when that token changes, so it would see what it is to predict; choose a decoder, or set is_decoder: true "
             "in its config.json if it was trained as one."
         )
 

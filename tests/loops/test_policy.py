@@ -261,6 +261,14 @@ def test_a_model_that_sees_its_targets_is_refused(packing):
     assert not choose_packing(decoder, pack_groups(groups()), wanted=False, say=print)
 
 
+def test_a_model_that_sees_its_targets_is_refused_in_bfloat16_too():
+    """Its small logits move by less than 0.2, which is much of what they are; rounding is a tenth at most."""
+    shape = dict(num_hidden_layers=6, intermediate_size=64, is_decoder=False)
+    model = tiny("BertConfig", shape, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+        choose_packing(model, pack_groups(groups()), wanted=False, say=print)
+
+
 def test_rows_beyond_the_models_positions():
     """Learned positions end; rotary ones go on, which is worth a note."""
     said = []

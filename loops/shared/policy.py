@@ -262,9 +262,9 @@ def check_causal(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> None
     moved = (each[:-1].mean() / each[-1]).item()
     if moved > ROUNDING[compute_dtype]:
         raise ValueError(
-            f"model_id: {type(base_model(model)).__name__} is not causal: logits before a token move {moved:.2g} "
-            "times as much as its own when that token changes, so it would see what it is to predict; choose a decoder, or set is_decoder: true "
-            "in its config.json if it was trained as one."
+            f"model_id: {type(base_model(model)).__name__} is not causal: logits before a token move {moved:.2g} times "
+            "as much as its own when that token changes, so it would see what it is to predict; choose a decoder, or "
+            "set is_decoder: true in its config.json if it was trained as one."
         )
 
 

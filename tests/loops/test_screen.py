@@ -13,7 +13,7 @@ import pytest
 from loops.shared.run import _quieten, one_sentence_errors
 
 HOUSE = Path(__file__).resolve().parents[2]
-OURS = ("training prompts: ", "trains ", "packing: ", "1 process", "step ", "model written to ", "eval/")
+OURS = ("training prompts: ", "evaluation prompts: ", "trains ", "packing: ", "1 process", "step ", "model ", "eval/")
 
 
 def test_the_loops_and_the_losses_fit_100_columns():

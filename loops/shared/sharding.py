@@ -388,8 +388,4 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def _reshards(unit: Any) -> bool:
     """Whether a unit frees its gathered parameters after a forward (torch has a setter and no getter)."""
-    state = unit._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one group before
-    if groups is None:
-        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    return any(group.post_forward_mesh_info is not None for group in groups)
+    return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)

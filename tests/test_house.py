@@ -60,6 +60,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
+pytestmark = pytest.mark.house
 FILES = sorted(p for room in ROOMS for p in (HOUSE / room).rglob("*.py"))
 
 

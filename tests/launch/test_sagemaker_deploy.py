@@ -58,7 +58,7 @@ def aws(monkeypatch):
     """moto with the instance types of today, and its session."""
     from moto.sagemaker import models
 
-    from launch.sagemaker.local import pretended_aws
+    from tests.launch.local_job import pretended_aws
 
     monkeypatch.setattr(models.FakeEndpointConfig, "validate_instance_type", lambda self, instance_type: None)
     with pretended_aws() as session:

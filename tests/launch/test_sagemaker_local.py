@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.sagemaker import local
+from tests.launch import local_job as local
 
 REASON = local.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"{REASON}")
@@ -28,18 +28,16 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("jobs")
 
 
-def capture(
-    folder: Path, *, hosts: int = 1, requirements: str | None = "none", input_data: dict[str, str] | None = None
-) -> local.Captured:
+def capture(folder: Path, *, hosts=1, requirements="none", input_data=None, include=(), **keys) -> local.Captured:
     from launch.sagemaker.settings import Settings
 
     return local.capture(
         folder,
         HOUSE / "configs/grpo.yaml",
-        hyperparameters=KEYS,
+        hyperparameters=KEYS | keys,
         input_data=input_data,
         compute={"instance_type": "ml.m5.xlarge", "instance_count": hosts},
-        settings=Settings(requirements=requirements),
+        settings=Settings(requirements=requirements, include=include),
     )
 
 
@@ -126,16 +124,13 @@ def test_two_hosts_train_the_weights_of_one_with_two_processes(whole, folder):
     assert not list((second.ml / "model").iterdir())  # one host uploads the model
 
 
-def test_a_failing_reward_ends_with_its_own_traceback_in_the_failure_file(folder, capfd):
-    """Through the command, in one process."""
+def test_a_failing_reward_ends_with_its_own_traceback_in_the_failure_file(folder):
     own = folder / "own_reward.py"
     own.write_text("def count(*, completions):\n    return [1 / (len(text) * 0) for text in completions]\n")
-    words = [word for key, value in KEYS.items() for word in (f"--{key}", str(value))]
-    words += ["--config", str(HOUSE / "configs/grpo.yaml"), "--include", str(own), "--processes", "1"]
-    words += ["--reward_functions", "own_reward:count", "--folder", str(folder / "failing")]
-    assert local.main(words) == 1
-    failure = (folder / "failing/algo-1/ml/output/failure").read_text()
+    captured = capture(folder / "failing-channels", include=[str(own)], reward_functions="own_reward:count")
+    with local.LocalJob(captured, folder / "failing", processes=1) as job:
+        assert job.wait(PATIENCE) == [1], job.hosts[0].log[-3000:]
+    failure = (job.hosts[0].ml / "output/failure").read_text()
     assert failure.startswith("rank 0 of 1 on algo-1: RuntimeError: all ") and len(failure) <= 1024
     assert 'own_reward.py", line 2, in ' in failure and "ZeroDivisionError: division by zero" in failure
-    said = capfd.readouterr().out
-    assert "algo-1: exit code 1" in said and "own_reward.py" in said
+    assert "own_reward.py" in job.hosts[0].log

@@ -63,7 +63,7 @@ def test_a_notebook_goes_from_rows_to_an_endpoint_and_back(name, tmp_path, monke
     replaced as papermill would; nothing else is changed."""
     from moto.sagemaker import models
 
-    from launch.sagemaker.local import pretended_aws
+    from tests.launch.local_job import pretended_aws
 
     monkeypatch.chdir(HOUSE)
     monkeypatch.setattr(models.FakeEndpointConfig, "validate_instance_type", lambda self, instance_type: None)

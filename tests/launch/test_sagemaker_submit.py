@@ -527,7 +527,7 @@ def test_the_sdks_own_objects_are_understood():
 @MOTO
 def test_what_is_sent_is_what_the_dry_run_shows_and_its_code_arrives(tmp_path):
     """Against moto: the same request; the SDK's script has our command, unchanged; a local channel is uploaded."""
-    from launch.sagemaker.local import capture
+    from tests.launch.local_job import capture
 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     given = {"hyperparameters": {"max_steps": 3}, "input_data": {"training": str(tmp_path / "rows.jsonl")}}
@@ -550,7 +550,7 @@ def test_what_is_sent_is_what_the_dry_run_shows_and_its_code_arrives(tmp_path):
 @MOTO
 def test_a_job_that_aws_took_is_not_called_refused(capsys):
     """The SDK asks for the state of the job that it has just made, and AWS is busy."""
-    from launch.sagemaker.local import pretended_aws
+    from tests.launch.local_job import pretended_aws
 
     def busy(**_):
         answer = {"Error": {"Code": "ThrottlingException", "Message": "Rate exceeded"}}
@@ -572,8 +572,8 @@ def test_a_job_that_aws_took_is_not_called_refused(capsys):
 
 @MOTO
 def test_torchrun_gets_one_whole_config_and_the_shardings_variables(tmp_path):
-    from launch.sagemaker.local import capture
     from loops.grpo import Config
+    from tests.launch.local_job import capture
 
     captured = capture(
         tmp_path / "channels",
@@ -596,7 +596,7 @@ def test_torchrun_gets_one_whole_config_and_the_shardings_variables(tmp_path):
 @MOTO
 def test_the_sdks_torchrun_driver_trains(tmp_path):
     """Its own script and driver, unmodified, in a private namespace: two steps, and a model where `Job.model` says."""
-    from launch.sagemaker.local import LocalJob, capture, why_not
+    from tests.launch.local_job import LocalJob, capture, why_not
 
     if reason := why_not():
         pytest.skip(reason)

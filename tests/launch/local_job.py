@@ -1,7 +1,5 @@
 """A SageMaker training job on this machine, without AWS or docker: the real request, the job's own entry point.
 
-    python -m launch.sagemaker.local --config configs/grpo.yaml --max_steps 10 [--instance_count 2] [--processes 2]
-
 The request is what `launch.sagemaker.submit` sends, taken from the SDK in front of moto's S3, in this process. Its
 channels, source and drivers are laid out as /opt/ml in a private mount, PID, host name and network namespace, and the
 container's entry point runs there unmodified, as PID 1; several hosts are joined by a veth pair. Needs Linux, root, the
@@ -10,7 +8,6 @@ SDK and moto (`pip install -e '.[sagemaker]' 'moto[s3,sts,iam,sagemaker]'`), and
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -19,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.sagemaker.entry import children_of
-from launch.sagemaker.places import split_words
 
 REGION, ACCOUNT = "us-east-1", "123456789012"
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/local"
@@ -283,67 +278,3 @@ def _ip(*words: str, within: str | None = None) -> None:
 
 def _whole_lines(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Capture, run, show the first host's log; returns the largest exit code."""
-    from launch.sagemaker.settings import Compute, Settings
-    from launch.sagemaker.submit import add_list, pairs_of
-
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sagemaker.local",
-        description="Run a SageMaker job on this machine. Other --key value pairs are keys of its configuration.",
-        allow_abbrev=False,
-    )
-    add_list(parser, "--config", required=True, metavar="FILE", help="YAML of the loop")
-    add_list(parser, "--input_data", default=[], metavar="NAME=PLACE", help="local files or folders")
-    add_list(parser, "--include", default=[], help="files and folders of yours that the job can import")
-    parser.add_argument("--loop", help="sft, dpo or grpo, where the config's name does not say it")
-    parser.add_argument("--instance_type", default="ml.m5.xlarge", help="what the job is told; default %(default)s")
-    parser.add_argument("--instance_count", type=int, choices=(1, 2), default=1, help="hosts; default %(default)s")
-    parser.add_argument("--processes", type=int, help="CPU processes of one host; default 2, of two hosts 1 each")
-    parser.add_argument(
-        "--checkpoints", type=Path, metavar="FOLDER", help="an earlier job's checkpoints, to go on from"
-    )
-    parser.add_argument("--folder", type=Path, help="where the hosts' /opt/ml are kept; default a new one")
-    options, words = parser.parse_known_args(argv)
-    reason = why_not()
-    if reason:
-        print(f"local: {reason}", file=sys.stderr)
-        return 2
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="plumbline-job-"))
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"folder {folder} holds files already: give another one.")
-        files, pairs = split_words(words)
-        captured = capture(
-            folder.resolve() / "channels",
-            [*options.config, *files],
-            hyperparameters=dict(pairs),
-            input_data=pairs_of(options.input_data, "input_data"),
-            compute=Compute(instance_type=options.instance_type, instance_count=options.instance_count),
-            settings=Settings(loop=options.loop, include=options.include),
-        )
-    except ValueError as error:
-        print(f"local: {error}", file=sys.stderr)
-        return 2
-    processes = options.processes or (2 if options.instance_count == 1 else 1)
-    with LocalJob(captured, folder.resolve(), processes, checkpoints=options.checkpoints) as job:
-        signal.signal(signal.SIGTERM, lambda *_: job.terminate())
-        with open(job.hosts[0].folder / "log", errors="replace") as log:
-            while any(host.process is not None and host.process.poll() is None for host in job.hosts):
-                sys.stdout.write(log.read())
-                sys.stdout.flush()
-                time.sleep(0.2)
-            sys.stdout.write(log.read())
-        codes = job.wait(0)
-    for host, code in zip(job.hosts, codes, strict=True):
-        failure = host.ml / "output/failure"
-        print(f"{host.name}: exit code {code}, files in {host.ml}")
-        if failure.exists():
-            print(f"{host.name} would report: {failure.read_text()}")
-    return max(codes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -144,8 +144,7 @@ def encode_rows(
 ) -> tuple[list[Encoded], EncodeReport]:
     """All rows through `encode_example`, `encode_pair` or `encode_prompt`; `what` names them ("train rows").
 
-    Raises:
-        ValueError: a row cannot be used (its number, counting from 1, stands in front), or no row was kept.
+    Raises ValueError: a row cannot be used (its number, counting from 1, stands in front), or no row was kept.
     """
     notes = list(getattr(rows, "notes", ()))  # of data/load.py's Rows
     report = EncodeReport(what=what, rows=len(rows), max_seq_length=config.max_seq_length, notes=notes)

@@ -121,8 +121,7 @@ def load_rows(config: DataConfig, *, seed: int) -> tuple[list[Row], list[Row] | 
     `completion`, `chosen`, `rejected`, `messages`, `text`. The held-out part depends on `seed` and the number of rows
     alone, and shares no row with the training part.
 
-    Raises:
-        ValueError: one sentence naming the file, line or row, and the key to change.
+    Raises ValueError: one sentence naming the file, line or row, and the key to change.
     """
     rows = read_rows(config.dataset_name, config.dataset_split, config.dataset_config, key="dataset_name")
     eval_rows: Rows | None = None
@@ -283,7 +282,7 @@ def _read_csv(path: Path, delimiter: str) -> list[Row]:
             if not header:
                 header = cells
                 if len(set(header)) < len(header):
-                    raise ValueError(f"{path} has two columns of one name in its header: {_listed(header)}.")
+                    raise ValueError(f"{path} has two columns of one name in its header: {', '.join(header)}.")
             elif len(cells) != len(header):
                 raise ValueError(
                     f"{path} line {reader.line_num} has {len(cells)} cells and the header has {len(header)};"
@@ -356,7 +355,7 @@ def _read_json(path: Path, split: str, key: str) -> tuple[list[Row], bool]:
         else:
             name = _find_split(list(lists), split)
             if name is None:
-                raise ValueError(f"{key} names {path}, which has no split {split}; it has {_listed(lists)}.")
+                raise ValueError(f"{key} names {path}, which has no split {split}; it has {', '.join(lists)}.")
             return lists[name], _split_name(name) == _split_name(split)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(f"{path} must hold a list of JSON objects, one a row.")
@@ -423,7 +422,7 @@ def _read_folder(folder: Path, split: str, key: str) -> Rows:
         if isinstance(saved, DatasetDict):
             name = _find_split(list(saved), split, _split_name(folder.name))
             if name is None:
-                raise ValueError(f"{key} names {folder}, which has no split {split}; it has {_listed(saved)}.")
+                raise ValueError(f"{key} names {folder}, which has no split {split}; it has {', '.join(saved)}.")
             saved = saved[name]
         return Rows(map(_without_filled, saved))
     wanted = _split_name(split)
@@ -442,7 +441,7 @@ def _read_folder(folder: Path, split: str, key: str) -> Rows:
         )
     name = _find_split(list(splits), split, _split_name(folder.name))
     if name is None:
-        found = _listed(name or "files without a split in their names" for name in splits)
+        found = ", ".join(name or "files without a split in their names" for name in splits)
         raise ValueError(
             f"{key} names the folder {folder}, which has no files of split {split}"
             f" (such as {split}.jsonl); it has {found or 'no .jsonl, .json, .parquet or .csv file'}."
@@ -462,7 +461,7 @@ def _read_folder(folder: Path, split: str, key: str) -> Rows:
     kinds = {_suffixes(path)[0] for path in chosen}
     plain = {path.with_suffix("") if _suffixes(path)[1] else path for path in chosen}
     if len(kinds) > 1 or len(plain) < len(chosen):
-        names = _listed(path.name for path in chosen)
+        names = ", ".join(path.name for path in chosen)
         fault = "differ in type" if len(kinds) > 1 else "hold one file twice"
         raise ValueError(f"{key} names the folder {folder}, where {names} {fault}; name one of them.")
     note = f"read from {folder}: {_shortened(chosen, folder)}"
@@ -488,7 +487,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 def _shortened(paths: list[Path], folder: Path) -> str:
     names = [str(path.relative_to(folder)) for path in paths]
-    return _listed(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _split_name(word: str) -> str:
@@ -524,10 +523,6 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 # Converting
@@ -571,7 +566,7 @@ def _convert_row(row: Row, config: DataConfig, where: str, found: Counter[str]) 
     mapped = {}
     for name, column in config.field_mapping.items():
         if column not in row:
-            raise ValueError(f"field_mapping {name}: {column} names no column of {where}; it has {_listed(row)}.")
+            raise ValueError(f"field_mapping {name}: {column} names no column of {where}; it has {', '.join(row)}.")
         mapped[name] = row[column]
     row.update(mapped)
 
@@ -600,7 +595,7 @@ def _convert_row(row: Row, config: DataConfig, where: str, found: Counter[str]) 
         plain = [name for name in wrappable if isinstance(row[name], str)]
         if not {"prompt", "messages"} & row.keys() and (plain or not wrappable):
             raise ValueError(
-                f"apply_chat_template needs a prompt and {where} has none (its columns: {_listed(row)});"
+                f"apply_chat_template needs a prompt and {where} has none (its columns: {', '.join(row)});"
                 " give input_template or field_mapping."
             )
         for name in plain:
@@ -688,7 +683,7 @@ def _read_turn(turn: Any, column: str, where: str, found: Counter[str]) -> Any:
         return turn
     if role is None and turn.get("from"):
         raise ValueError(
-            f"the {column} of {where} has the speaker {speaker!r}, which is none of {_listed(ROLES)};"
+            f"the {column} of {where} has the speaker {speaker!r}, which is none of {', '.join(ROLES)};"
             " rename it with a converter."
         )
     if role is None:
@@ -786,7 +781,7 @@ def _fill(template: str, row: Row, key: str, where: str) -> str:
             shown = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
             raise ValueError(
                 f"{key} has the placeholder {{{shown}}}, which is no column of {where};"
-                f" the columns are {_listed(row)} (write a literal brace twice)."
+                f" the columns are {', '.join(row)} (write a literal brace twice)."
             )
         value = row[name]
         if value is None:

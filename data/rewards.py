@@ -155,9 +155,8 @@ def build_rewards(
 
     rows: those that will be judged; without any, no columns are looked for. key: the setting that names the functions.
 
-    Raises:
-        ValueError: an unknown name, a `module:function` that cannot be imported, a missing package, an async function,
-            or an argument that is no column of the rows.
+    Raises ValueError: an unknown name, a `module:function` that cannot be imported, a missing package, an async
+    function, or an argument that is no column of the rows.
     """
     functions: dict[str, RewardFunction] = {}
     for name in config.names:

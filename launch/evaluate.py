@@ -37,14 +37,7 @@ from data.load import DataConfig, convert_rows, load_rows, read_rows
 from data.rewards import RewardConfig, build_rewards, judge_completions
 from launch.export import Trained, find_trained, rebuild_policy, run_folder_of
 from loops import dpo, grpo, sft
-from loops.shared.models import (
-    ModelConfig,
-    add_stop_tokens,
-    build_policy,
-    build_tokenizer,
-    find_source,
-    resolve_dtype,
-)
+from loops.shared.models import ModelConfig, add_stop_tokens, build_policy, build_tokenizer, find_source, resolve_dtype
 from loops.shared.rollout import Completion, RolloutConfig, build_engine
 from loops.shared.run import Run, RunConfig, one_sentence_errors, start_run
 from loops.shared.tracking import replace_text

@@ -86,8 +86,7 @@ def find_trained(name: str | None, *, checkpoints_dir: str = "results", base_mod
         checkpoints_dir: searched, at any depth, when there is no name.
         base_model: takes the place of the run's `model_id`.
 
-    Raises:
-        ValueError: nothing there, or a checkpoint that does not say enough about its model.
+    Raises ValueError: nothing there, or a checkpoint that does not say enough about its model.
     """
     if name is None:
         path = newest_checkpoint(Path(checkpoints_dir))
@@ -150,8 +149,7 @@ def run_folder_of(path: Path) -> Path | None:
 def rebuild_policy(trained: Trained, *, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The policy as it was trained, with the trained weights, in evaluation mode.
 
-    Raises:
-        ValueError: the base model cannot be read, or the weights do not fit it.
+    Raises ValueError: the base model cannot be read, or the weights do not fit it.
     """
     with _hint_at_base_model():
         policy = build_policy(trained.model, seed=trained.seed, device=device)

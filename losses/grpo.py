@@ -39,8 +39,7 @@ def group_advantages(rewards: Tensor, num_generations: int, *, scale: str = "gro
     Returns:
         [B] advantages, at least fp32, without gradient.
 
-    Raises:
-        ValueError: unknown scale, or B not a multiple of num_generations.
+    Raises ValueError: unknown scale, or B not a multiple of num_generations.
     """
     if scale not in SCALES:
         known = ", ".join(SCALES)
@@ -162,9 +161,8 @@ def grpo_loss(
         and "policy/sampler_capped" (tokens at the cap). "policy/ratio_max" is a maximum, of the
         ratio in use; 0 where there is no token.
 
-    Raises:
-        ValueError: an unknown name, a number outside its range, a beta without ref_logprobs, or
-            shapes that differ.
+    Raises ValueError: an unknown name, a number outside its range, a beta without ref_logprobs, or
+    shapes that differ.
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     names = (loss_type, importance_sampling_level, kl_estimator)
@@ -236,8 +234,7 @@ def loss_denominator(
     Returns:
         At least 1, so that a step in which every token is masked divides 0 by 1.
 
-    Raises:
-        ValueError: unknown loss_type.
+    Raises ValueError: unknown loss_type.
     """
     if loss_type == "grpo":
         return max(num_sequences, 1)
@@ -258,12 +255,7 @@ def _present_std(values: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def _ratio_metrics(
-    ratio: Tensor,
-    log_ratio: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    lowest: float,
-    highest: float,
+    ratio: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, lowest: float, highest: float
 ) -> dict[str, Tensor]:
     # elsewhere the minimum takes the unclipped side
     clipped_low = (ratio < lowest) & (advantages < 0) & mask.bool()

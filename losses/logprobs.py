@@ -65,9 +65,8 @@ def token_logprobs(
     Returns:
         (logprobs [N], entropy [N]) in nats, fp32, or float64 when an input is float64.
 
-    Raises:
-        ValueError: shapes that do not fit, or a temperature, softcap or chunk_tokens that is not
-            above 0.
+    Raises ValueError: shapes that do not fit, or a temperature, softcap or chunk_tokens that is not
+    above 0.
     """
     vocabulary = weight.shape[0]
     is_matrix = hidden.dim() == weight.dim() == 2

@@ -35,8 +35,7 @@ def sft_loss(
         The loss sum (a scalar, at least fp32) and detached sums, each to be divided by the number
         of target tokens: "loss/nll", the plain negative log-likelihood whatever the loss_type.
 
-    Raises:
-        ValueError: unknown loss_type, or shapes that differ.
+    Raises ValueError: unknown loss_type, or shapes that differ.
     """
     logprobs = keep_masked(logprobs, mask)  # [B, T]
     nll = -logprobs.sum()

@@ -11,10 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-IMAGES = {
-    "vllm": {"framework": "vllm", "version": "0.30.0"},
-    "lmi": {"framework": "djl-lmi", "version": "0.38.0"},
-}
+IMAGES = {"vllm": {"framework": "vllm", "version": "0.30.0"}, "lmi": {"framework": "djl-lmi", "version": "0.38.0"}}
 AMI = "al2023-ami-sagemaker-inference-gpu-4-1"  # driver 580: the images are built for CUDA 13.0
 MODEL = "/opt/ml/model"
 ADDITIONAL = "/opt/ml/additional-model-data-sources"

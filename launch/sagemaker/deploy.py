@@ -314,10 +314,7 @@ def build_requests(
         container["AdditionalModelDataSources"] = [{"ChannelName": "adapter", "S3DataSource": mounted(folder)}]
     model: dict[str, Any] = {"ModelName": serving.name, "ExecutionRoleArn": role, "PrimaryContainer": container}
     if options.subnets:
-        model["VpcConfig"] = {
-            "Subnets": list(options.subnets),
-            "SecurityGroupIds": list(options.security_group_ids),
-        }
+        model["VpcConfig"] = {"Subnets": list(options.subnets), "SecurityGroupIds": list(options.security_group_ids)}
     variant = {
         "VariantName": "AllTraffic",
         "ModelName": serving.name,
@@ -331,11 +328,7 @@ def build_requests(
     tags = [{"Key": key, "Value": value} for key, value in {"plumbline": "endpoint", **options.tags}.items()]
     return {
         "CreateModel": {**model, "Tags": tags},
-        "CreateEndpointConfig": {
-            "EndpointConfigName": serving.name,
-            "ProductionVariants": [variant],
-            "Tags": tags,
-        },
+        "CreateEndpointConfig": {"EndpointConfigName": serving.name, "ProductionVariants": [variant], "Tags": tags},
         "CreateEndpoint": {"EndpointName": serving.name, "EndpointConfigName": serving.name, "Tags": tags},
     }
 

@@ -41,9 +41,7 @@ EFA_RDMA_INSTANCES = {
     *("ml.p4d.24xlarge", "ml.p4de.24xlarge", "ml.p5.48xlarge", "ml.p5e.48xlarge", "ml.trn1.32xlarge"),
     *("ml.p5en.48xlarge", "ml.p6-b200.48xlarge", "ml.p6-b300.48xlarge", "ml.p6e-gb200.36xlarge"),
 }
-EFA_INSTANCES = EFA_RDMA_INSTANCES | {
-    *("ml.g4dn.8xlarge", "ml.g4dn.12xlarge", "ml.g5.48xlarge", "ml.p3dn.24xlarge"),
-}
+EFA_INSTANCES = EFA_RDMA_INSTANCES | {*("ml.g4dn.8xlarge", "ml.g4dn.12xlarge", "ml.g5.48xlarge", "ml.p3dn.24xlarge")}
 STOPPED = 143  # 128 + SIGTERM
 SHUTDOWN_SECONDS = 100  # of the 120 that SageMaker gives; the launcher's own default would kill the ranks after 30
 SECRETS = {"WANDB_API_KEY": "PLUMBLINE_WANDB_SECRET", "HF_TOKEN": "PLUMBLINE_HF_SECRET"}

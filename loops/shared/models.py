@@ -30,12 +30,7 @@ logger = logging.getLogger(__name__)
 ADAPTER = "default"  # peft's own name for the one adapter that is trained, saved and merged
 REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that training continues from
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 # Parts of a LoRA adapter made elsewhere that train something other than the low-rank pair of a weight: merging and the
@@ -171,8 +166,7 @@ def find_source(config: ModelConfig) -> Source:
     A relative `base_model_name_or_path` is looked up beside the adapter first, then from the working directory, and is
     otherwise a hub id.
 
-    Raises:
-        ValueError: `model_id` is neither a folder nor a hub id that can be read, or the adapter's base is missing.
+    Raises ValueError: `model_id` is neither a folder nor a hub id that can be read, or the adapter's base is missing.
     """
     from huggingface_hub import snapshot_download
     from transformers.utils import find_adapter_config_file
@@ -211,8 +205,7 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     A missing pad token becomes the end token. Nothing may ever mask by it: masks come from lengths.
 
-    Raises:
-        ValueError: no tokenizer there, or one that has no end token.
+    Raises ValueError: no tokenizer there, or one that has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -293,8 +286,7 @@ def build_policy(
     `prepare_model_for_kbit_training` would raise it to float32, which doubles embeddings and head and makes every
     activation float32, while the norms compute in float32 anyway and our head's logits are float32.
 
-    Raises:
-        ValueError: naming the key of the config that has to change.
+    Raises ValueError: naming the key of the config that has to change.
     """
     device = torch.device(device)
     source = find_source(config)
@@ -465,10 +457,7 @@ def _build_base(config: ModelConfig, source: Source, device: torch.device, for_f
         # Drawn in float32 and then rounded: the same weights in every dtype.
         with _loading("model_id", source.base):
             model = AutoModelForCausalLM.from_config(
-                shape,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
+                shape, dtype=torch.float32, attn_implementation=attention, trust_remote_code=config.trust_remote_code
             )
         model.name_or_path = source.base
         return model.to(dtype) if for_fsdp else model.to(dtype).to(device)

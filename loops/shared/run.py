@@ -53,14 +53,7 @@ from loops.shared.sharding import (
     read_sharding,
     sharding_line,
 )
-from loops.shared.tracking import (
-    SilentTracker,
-    Tracker,
-    check_trackers,
-    printable,
-    start_tracking,
-    without_passwords,
-)
+from loops.shared.tracking import SilentTracker, Tracker, check_trackers, printable, start_tracking, without_passwords
 from loops.shared.weights import WrongLogits, check_export, export_model, logits_of
 
 logger = logging.getLogger(__name__)

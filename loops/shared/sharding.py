@@ -158,14 +158,8 @@ def read_sharding(fsdp: str | Mapping[str, Any], further: Mapping[str, Any], cpu
         elif key in _IGNORED:
             ignored.append(f"{key}: {_IGNORED[key]}")
         else:
-            known = [
-                "reshard_after_forward",
-                "dp_replicate_size",
-                *_LAYER_KEYS,
-                *_FLAGS,
-                *_IGNORED,
-                "sharding_strategy",
-            ]
+            known = ["reshard_after_forward", "dp_replicate_size", *_LAYER_KEYS, *_FLAGS, *_IGNORED]
+            known.append("sharding_strategy")
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see the Sharding class in loops/shared/sharding.py."
             raise ValueError(f"fsdp: there is no setting {key}; {hint}")
@@ -374,18 +368,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not units:
         yield
         return
-    before = [(unit, _reshards(unit)) for unit in units]
+    groups = [unit._get_fsdp_state()._fsdp_param_groups for unit in units]  # torch has a setter and no getter
+    before = [any(group.post_forward_mesh_info is not None for group in of_unit) for of_unit in groups]
     units[0].set_reshard_after_forward(False, recurse=True)
     for unit in units:
         unit.unshard()
     try:
         yield
     finally:
-        for unit, reshards in before:
+        for unit, reshards in zip(units, before, strict=True):
             unit.set_reshard_after_forward(reshards, recurse=False)
             unit.reshard()
-
-
-def _reshards(unit: Any) -> bool:
-    """Whether a unit frees its gathered parameters after a forward (torch has a setter and no getter)."""
-    return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)

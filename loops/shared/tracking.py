@@ -32,17 +32,8 @@ logger = logging.getLogger(__name__)
 
 TRACKERS = ("mlflow", "wandb", "tensorboard")
 HEADLINE = (  # shown by the progress bar where the loop has them
-    "loss/nll",
-    "loss/dpo",
-    "loss/policy",
-    "reward/mean",
-    "reward/missing",
-    "reward/accuracy",
-    "eval/loss",
-    "eval/accuracy",
-    "optim/grad_norm",
-    "optim/learning_rate",
-    "time/step",
+    *("loss/nll", "loss/dpo", "loss/policy", "reward/mean", "reward/missing", "reward/accuracy", "eval/loss"),
+    *("eval/accuracy", "optim/grad_norm", "optim/learning_rate", "time/step"),
 )
 CELL_LENGTH = 400  # characters of a prompt or completion shown in the printed table
 
@@ -144,17 +135,10 @@ class Tracker:
 class SilentTracker:
     """The same calls, doing nothing: what every process but the main one holds."""
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """See `Tracker.log`."""
+    def log(self, *_: Any, **__: Any) -> None:
+        """See `Tracker`."""
 
-    def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """See `Tracker.completions`."""
-
-    def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """See `Tracker.progress`."""
-
-    def finish(self, ok: bool) -> None:
-        """See `Tracker.finish`."""
+    completions = progress = finish = log
 
 
 def start_tracking(

@@ -54,8 +54,7 @@ def iter_weights(
     Every rank has to run through the whole iteration: a sharded tensor is gathered by all ranks when its turn comes.
     Names are those of the model in memory; an architecture whose experts transformers fuses has other names in files.
 
-    Raises:
-        ValueError: there is an adapter that merging does not know.
+    Raises ValueError: there is an adapter that merging does not know.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -221,8 +220,7 @@ def coarsest_dtype(model: nn.Module, *others: torch.dtype | None) -> torch.dtype
 def compare_logits(expected: Tensor, found: Tensor, limit: float, dtype: torch.dtype) -> str:
     """The sentence that says how far two models' logits [B, T, V] lie apart.
 
-    Raises:
-        WrongLogits: further than `limit`, as a root mean square over the standard deviation of `expected`.
+    Raises WrongLogits: further than `limit`, as a root mean square over the standard deviation of `expected`.
     """
     difference = found - expected
     error = float(difference.square().mean().sqrt() / expected.std())
@@ -241,8 +239,7 @@ def check_export(
 ) -> str | None:
     """Why a run's written folder cannot be compared with its policy; None where it was, and agrees.
 
-    Raises:
-        WrongLogits: the folder, loaded afresh on the CPU, does not give the `expected` logits.
+    Raises WrongLogits: the folder, loaded afresh on the CPU, does not give the `expected` logits.
     """
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     if accelerator.device.type != "cpu" and getattr(base, "is_quantized", False) and not config.load_in_4bit:

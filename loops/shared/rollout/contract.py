@@ -307,8 +307,7 @@ class RolloutConfig:
     def sampling(self) -> Sampling:
         """The sampling of training rollouts; `dataclasses.replace(..., temperature=0)` makes it greedy.
 
-        Raises:
-            ValueError: a value is out of its range.
+        Raises ValueError: a value is out of its range.
         """
         return Sampling(
             temperature=self.temperature,
@@ -371,8 +370,7 @@ class Engine(Protocol):
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Makes the engine serve the policy's present weights, and nothing older.
 
-        Raises:
-            ValueError: the policy does not fit the engine's model.
+        Raises ValueError: the policy does not fit the engine's model.
         """
         ...
 
@@ -401,8 +399,7 @@ class Engine(Protocol):
         Returns:
             P lists of n completions, in the order of `prompts`.
 
-        Raises:
-            ValueError: no prompt numbers for some prompts, or an empty prompt.
+        Raises ValueError: no prompt numbers for some prompts, or an empty prompt.
         """
         ...
 

@@ -74,8 +74,7 @@ def bad_word_tokens(words: tuple[str, ...], tokenizer: Any) -> list[list[int]]:
     """The token ids that must not come one after the other, by vLLM's rule (`SamplingParams.update_from_tokenizer`):
     those of each word, and those of the word after a space, if their first is another one and they are as many.
 
-    Raises:
-        ValueError: a word has no tokens.
+    Raises ValueError: a word has no tokens.
     """
     sequences = []
     for word in words:

@@ -86,8 +86,7 @@ class TransformersEngine:
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Counts a new version: the policy that trains is the one that samples.
 
-        Raises:
-            ValueError: `policy` holds other parameters than the engine's model.
+        Raises ValueError: `policy` holds other parameters than the engine's model.
         """
         start = time.perf_counter()
         if next(policy.parameters()) is not next(self._model.parameters()):

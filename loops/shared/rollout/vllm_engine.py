@@ -66,8 +66,7 @@ class Served:
     ):
         """Writes the policy's config and the tokenizer into a folder of its own, for vLLM to start from.
 
-        Raises:
-            ValueError: weight_sync is `adapter` and vLLM cannot serve the policy's, or it cannot sample as asked.
+        Raises ValueError: weight_sync is `adapter` and vLLM cannot serve the policy's, or it cannot sample as asked.
         """
         from peft import PeftModel
 
@@ -237,8 +236,7 @@ class VllmEngine:
     def __init__(self, served: Served):
         """Starts vLLM; collective over all processes.
 
-        Raises:
-            ValueError: vLLM does not fit the model, the memory or the number of processes.
+        Raises ValueError: vLLM does not fit the model, the memory or the number of processes.
         """
         self.weight_version = 0
         self._served = served
@@ -295,8 +293,7 @@ class VllmEngine:
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Hands over the policy's weights, or its adapter; every process calls this.
 
-        Raises:
-            ValueError: vLLM has no place for a tensor, or one is missing.
+        Raises ValueError: vLLM has no place for a tensor, or one is missing.
         """
         start = time.perf_counter()
         policy, served = unwrapped(policy), self._served

@@ -197,8 +197,7 @@ class VllmServerEngine:
     def __init__(self, served: Served):
         """Starts the servers, or connects to running ones; collective over all processes.
 
-        Raises:
-            ValueError: a port is in use, a server has another model, tokenizer or key, or too little memory.
+        Raises ValueError: a port is in use, a server has another model, tokenizer or key, or too little memory.
         """
         self.weight_version = 0
         self._served = served
@@ -567,8 +566,7 @@ class VllmServerEngine:
     def _wait_for(self, usable: Callable[[], list[Server]]) -> list[Server]:
         """The usable servers, as soon as there is one.
 
-        Raises:
-            RuntimeError: none is ready for too long, or cannot be brought back, or the engine is closed.
+        Raises RuntimeError: none is ready for too long, or cannot be brought back, or the engine is closed.
         """
         with self._changed:
             deadline = time.monotonic() + self._config.server_timeout

@@ -129,8 +129,7 @@ class FileTransport(Transport):
     def __init__(self, folder: str, number: int = 0):
         """folder: a path or an address such as s3://BUCKET/PREFIX, of its own; number: of the server, for its file.
 
-        Raises:
-            ValueError: nothing can be written there.
+        Raises ValueError: nothing can be written there.
         """
         from pyarrow.fs import FileSystem  # here, so that it outlives whoever closes this when the process ends
 

@@ -30,8 +30,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from configs.text import read_file
-from loops.shared.checkpoint import read_manifest, read_state, read_weights
-from loops.shared.checkpoint_folder import REPLACED, TEMPORARY
+from loops.shared.checkpoint_folder import REPLACED, TEMPORARY, read_manifest, read_state, read_weights
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer, resolve_dtype
 from loops.shared.run import one_sentence_errors
 from loops.shared.weights import (

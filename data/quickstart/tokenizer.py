@@ -11,48 +11,15 @@ START_TOKEN = "<|im_start|>"
 STOP_TOKEN = "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, START_TOKEN, STOP_TOKEN)  # ids 0, 1, 2
 TAGS = (
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<tools>",
-    "</tools>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
+    *("<think>", "</think>", "<answer>", "</answer>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"),
+    *("<tool_response>", "</tool_response>"),
 )  # ids 3 to 12
 MODEL_MAX_LENGTH = 1024
 
 # Each word is merged from its left end; earlier words win. Roles and operators come first: prompts stay short.
 MERGED_WORDS = (
-    "user",
-    "assistant",
-    "system",
-    "tool",
-    " +",
-    " =",
-    " ?",
-    " the",
-    " of",
-    " and",
-    " to",
-    " in",
-    " is",
-    " you",
-    "ing",
-    "er",
-    "re",
-    "on",
-    "en",
-    "at",
-    "or",
-    "ed",
-    "al",
-    "es",
-    "it",
-    "ar",
-    "le",
+    *("user", "assistant", "system", "tool", " +", " =", " ?", " the", " of", " and", " to", " in", " is", " you"),
+    *("ing", "er", "re", "on", "en", "at", "or", "ed", "al", "es", "it", "ar", "le"),
 )
 
 CHAT_TEMPLATE = """\
@@ -139,13 +106,8 @@ def build_tokenizer() -> dict:
         "padding": None,
         "added_tokens": [
             {
-                "id": number,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": token in SPECIAL_TOKENS,
+                **{"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False},
+                **{"normalized": False, "special": token in SPECIAL_TOKENS},
             }
             for number, token in enumerate([*SPECIAL_TOKENS, *TAGS])
         ],
@@ -154,14 +116,8 @@ def build_tokenizer() -> dict:
         "post_processor": byte_level,
         "decoder": byte_level,
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
+            **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None},
+            **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
             "vocab": {token: number for number, token in enumerate(tokens)},
             "merges": [list(pair) for pair in merges],
         },

@@ -16,11 +16,7 @@ RESERVED_CHANNELS = ("code", "sm_drivers", "recipe")  # the SDK's own
 MAX_CHANNELS = 18  # 20, two of which the SDK takes
 SECRET_NAMES = re.compile(r"(^|_)(API_KEY|ACCESS_KEY|SECRET|TOKEN|PASSWORD)$")
 SECRETS_HERE = (
-    "WANDB_API_KEY",
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "OPENAI_API_KEY",
-    "AWS_SECRET_ACCESS_KEY",
+    *("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"),
     "AWS_SESSION_TOKEN",
 )
 """Variables of this machine whose values must not stand in a request."""

@@ -52,15 +52,11 @@ from loops.shared.checkpoint_folder import (
     clear_leftovers,
     compare_checksums,
     extra_file,
-    find_checkpoint,
     flush_to_disk,
     prune,
     rank_file,
-    read_extra,
-    read_manifest,
     read_state,
     read_tensors,
-    read_weights,
     sealed,
     stored_tensors,
     whole_checkpoints,
@@ -71,17 +67,6 @@ from loops.shared.optimizer_state import put_back, take_apart
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim.lr_scheduler import LRScheduler
-
-__all__ = [  # what others use of both files
-    "NotSaved",
-    "Saver",
-    "find_checkpoint",
-    "load_checkpoint",
-    "read_extra",
-    "read_manifest",
-    "read_state",
-    "read_weights",
-]
 
 logger = logging.getLogger(__name__)
 

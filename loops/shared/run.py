@@ -31,16 +31,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
-from loops.shared.checkpoint import (
-    WRAPPERS,
-    NotSaved,
-    Saver,
-    find_checkpoint,
-    load_checkpoint,
-    read_extra,
-    read_manifest,
-    read_state,
-)
+from loops.shared.checkpoint import WRAPPERS, NotSaved, Saver, load_checkpoint
+from loops.shared.checkpoint_folder import find_checkpoint, read_extra, read_manifest, read_state
 from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
 from loops.shared.models import ModelConfig, Reference
 from loops.shared.rollout import Engine, Sampling
@@ -260,7 +252,9 @@ class Run:
         self.say(sharding_line(self.accelerator, policy, self.sharding))
         for sentence in self.sharding.ignored if self.sharding else ():
             self.say(f"fsdp: ignored {sentence}")
-        seed_process(self.config.seed, self.accelerator.process_index)
+        seed = self.config.seed + self.accelerator.process_index  # own randomness (dropout): the weights are built
+        random.seed(seed)
+        torch.manual_seed(seed)
         return prepared
 
     def open(self, total_steps: int, *, rows: Sequence, **sizes: int | str) -> None:
@@ -942,12 +936,6 @@ def one_sentence_errors(prog: str) -> Iterator[bool]:
 def server_key() -> str | None:
     """The key of vLLM's servers; no option, since those are written to the run folder."""
     return os.environ.get("VLLM_API_KEY")
-
-
-def seed_process(seed: int, rank: int) -> None:
-    """Own streams of random numbers for this process (dropout), once the weights are built alike everywhere."""
-    random.seed(seed + rank)
-    torch.manual_seed(seed + rank)
 
 
 def _quieten(is_main: bool) -> None:

@@ -58,22 +58,14 @@ class Sharding:
 
 
 _STRATEGIES = {  # FSDP1's name or number -> (reshard_after_forward, hybrid), None for no sharding at all
-    "full_shard": (True, False),
-    "1": (True, False),
-    "shard_grad_op": (False, False),
-    "2": (False, False),
-    "no_shard": None,
-    "3": None,
-    "hybrid_shard": (True, True),
-    "4": (True, True),
-    "hybrid_shard_zero2": (False, True),
-    "5": (False, True),
+    **dict.fromkeys(("full_shard", "1"), (True, False)),
+    **dict.fromkeys(("shard_grad_op", "2"), (False, False)),
+    **dict.fromkeys(("no_shard", "3"), None),
+    **dict.fromkeys(("hybrid_shard", "4"), (True, True)),
+    **dict.fromkeys(("hybrid_shard_zero2", "5"), (False, True)),
 }
 _LAYER_KEYS = (
-    "layer_classes",
-    "transformer_layer_cls_to_wrap",
-    "transformer_cls_names_to_wrap",
-    "transformer_cls_to_wrap",
+    *("layer_classes", "transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap", "transformer_cls_to_wrap"),
 )
 _FLAGS = {
     "offload_params": "cpu_offload",

@@ -121,7 +121,8 @@ class Tracker:
             if tracker.name in self._failed:
                 continue
             try:
-                tracker.log(metrics_for(tracker.name, numbers), step=step)
+                row = {mlflow_name(name) if tracker.name == "mlflow" else name: x for name, x in numbers.items()}
+                tracker.log(row, step=step)
             except Exception as error:  # a tracker's server must not end a run; each is dropped at its first failure
                 self._failed.add(tracker.name)
                 logger.warning(
@@ -167,7 +168,8 @@ def start_tracking(
         return SilentTracker()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    known_runs = read_run_ids(folder) if resume_step is not None else {}
+    ids = folder / "trackers.json"  # of the trackers' runs, by tracker: a resumed run goes on in the same ones
+    known_runs = json.loads(ids.read_text()) if resume_step is not None and ids.exists() else {}
     config = without_passwords(config)
     trackers: list[GeneralTracker] = []
     for name in names:
@@ -178,7 +180,7 @@ def start_tracking(
                 trackers.append(start_wandb(folder, project, run_name, config, known_runs))
             else:
                 trackers.append(start_tensorboard(folder, config, resume_step))
-    write_run_ids(folder, known_runs)
+    replace_text(ids, json.dumps(known_runs, indent=2) + "\n")
     return Tracker(folder, trackers, resume_step=resume_step, logging_steps=logging_steps, total_steps=total_steps)
 
 
@@ -363,13 +365,6 @@ def end_tracker(tracker: GeneralTracker, ok: bool) -> None:
         tracker.finish()
 
 
-def metrics_for(tracker_name: str, numbers: Mapping[str, float]) -> dict[str, float]:
-    """The row under names that the tracker takes."""
-    if tracker_name != "mlflow":
-        return dict(numbers)
-    return {mlflow_name(name): value for name, value in numbers.items()}
-
-
 def mlflow_name(name: str) -> str:
     """MLflow takes letters, digits and `_ - . : /` and space; anything else (the @ of pass@8) becomes `_`."""
     return re.sub(r"[^\w\-.:/ ]", "_", name)
@@ -385,11 +380,8 @@ def number_of(value: Any) -> float:
 def json_row(step: int, numbers: Mapping[str, float]) -> str:
     """One line of metrics.jsonl: valid JSON whatever the numbers are."""
     nonfinite = {name: str(number) for name, number in numbers.items() if not math.isfinite(number)}
-    row: dict[str, Any] = {"step": step}
-    row.update({name: None if name in nonfinite else number for name, number in numbers.items()})
-    if nonfinite:
-        row["nonfinite"] = nonfinite
-    return json.dumps(row, allow_nan=False) + "\n"
+    row = {"step": step, **{name: None if name in nonfinite else number for name, number in numbers.items()}}
+    return json.dumps(row | ({"nonfinite": nonfinite} if nonfinite else {}), allow_nan=False) + "\n"
 
 
 def cut_rows(path: Path, last_step: int | None) -> None:
@@ -406,17 +398,6 @@ def cut_rows(path: Path, last_step: int | None) -> None:
             if row["step"] <= last_step:
                 kept.append(line + "\n")
     replace_text(path, "".join(kept))
-
-
-def read_run_ids(folder: Path) -> dict[str, str]:
-    """Ids that the trackers gave to this run, by tracker; empty for a run that had none."""
-    path = folder / "trackers.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_run_ids(folder: Path, run_ids: Mapping[str, str]) -> None:
-    """Remember the ids so that a resumed run goes on in the same tracker runs."""
-    replace_text(folder / "trackers.json", json.dumps(run_ids, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:

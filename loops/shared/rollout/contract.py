@@ -268,11 +268,8 @@ class RolloutConfig:
             check_transformers_sampling(sampling)
 
     def _check_vllm(self) -> None:
-        for key, allowed in (
-            ("weight_sync", WEIGHT_SYNCS),
-            ("weight_transfer", WEIGHT_TRANSFERS),
-            ("vllm_dtype", VLLM_DTYPES),
-        ):
+        known = {"weight_sync": WEIGHT_SYNCS, "weight_transfer": WEIGHT_TRANSFERS, "vllm_dtype": VLLM_DTYPES}
+        for key, allowed in known.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} is {getattr(self, key)!r}: set it to one of {', '.join(allowed)}.")
         for key in ("vllm_tensor_parallel_size", "vllm_max_num_seqs", "num_servers"):

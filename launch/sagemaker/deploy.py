@@ -100,12 +100,9 @@ class Options:
 class Weights:
     """A model folder in S3, or one that goes there, and what its files say."""
 
-    place: str
-    """`s3://` folder with a slash at its end, or a local folder."""
-    config: Mapping[str, Any]
-    """config.json, or {}."""
-    adapter: Mapping[str, Any] | None
-    """adapter_config.json of a LoRA adapter, None for a whole model."""
+    place: str  # `s3://` folder with a slash at its end, or a local folder
+    config: Mapping[str, Any]  # config.json, or {}
+    adapter: Mapping[str, Any] | None  # adapter_config.json of a LoRA adapter, None for a whole model
 
 
 def deploy(

@@ -48,16 +48,11 @@ class Job:
     """A submitted job; with `dry_run`, one that would have been."""
 
     name: str
-    model: str
-    """S3 folder of the trained model, once the job is done."""
-    checkpoints: str
-    """S3 folder of the run: checkpoints, metrics.jsonl, completions.jsonl."""
-    request: dict[str, Any]
-    """What CreateTrainingJob was given."""
-    command: str
-    """What the job executes, and what that starts."""
-    files: Sequence[str]
-    """What travels as the job's code."""
+    model: str  # S3 folder of the trained model, once the job is done
+    checkpoints: str  # S3 folder of the run: checkpoints, metrics.jsonl, completions.jsonl
+    request: dict[str, Any]  # what CreateTrainingJob was given
+    command: str  # what the job executes, and what that starts
+    files: Sequence[str]  # what travels as the job's code
 
 
 def submit(
@@ -87,9 +82,8 @@ def submit(
         wait: follow the logs until the job ends.
         session: boto3 session; default: this machine's credentials.
 
-    Raises:
-        ValueError: one sentence, before the job is sent, for everything that would be refused or end it later.
-        RuntimeError: with `wait`, where the job failed.
+    Raises ValueError: one sentence, before the job is sent, for everything that would be refused or end it later;
+    RuntimeError: with `wait`, where the job failed.
     """
     settings, machines, channels = settings or Settings(), as_compute(compute), as_channels(input_data)
     files = [Path(path) for path in ([config] if isinstance(config, str | Path) else config)]

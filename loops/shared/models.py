@@ -152,12 +152,9 @@ def split_names(names: str | list[str] | None) -> list[str]:
 class Source(NamedTuple):
     """Where the weights of a `model_id` lie."""
 
-    base: str
-    """Folder or hub id of the base model."""
-    revision: str | None
-    """Hub revision of the base model."""
-    adapter: Path | None
-    """Folder of the adapter that is continued, if `model_id` is one."""
+    base: str  # folder or hub id of the base model
+    revision: str | None  # hub revision of the base model
+    adapter: Path | None  # folder of the adapter that is continued, if `model_id` is one
 
 
 def find_source(config: ModelConfig) -> Source:

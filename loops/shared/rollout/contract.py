@@ -342,27 +342,20 @@ class Completion:
 class SyncReport:
     """What one weight update moved."""
 
-    weight_version: int
-    """Version of the weights that serve from now on; it grows by one with each sync."""
-    tensors: int
-    """Named tensors sent; 0 where the engine samples from the policy itself."""
-    bytes: int
-    """Bytes sent."""
-    seconds: float
-    """Wall time from the call until the new weights serve."""
+    weight_version: int  # version of the weights that serve from now on; it grows by one with each sync
+    tensors: int  # named tensors sent; 0 where the engine samples from the policy itself
+    bytes: int  # bytes sent
+    seconds: float  # wall time from the call until the new weights serve
 
 
-Arrived = Callable[[int, list[Completion]], None]
-"""Takes the place of a prompt and its n completions."""
+Arrived = Callable[[int, list[Completion]], None]  # takes the place of a prompt and its n completions
 
 
 class Engine(Protocol):
     """A sampler of completions that follows the policy's weights."""
 
-    weight_version: int
-    """Version of the weights that serve; 0 before the first sync."""
-    off_policy: bool
-    """Whether tokens come from other kernels, or older weights, than those that train on them."""
+    weight_version: int  # version of the weights that serve; 0 before the first sync
+    off_policy: bool  # whether tokens come from other kernels, or older weights, than those that train on them
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Makes the engine serve the policy's present weights, and nothing older.

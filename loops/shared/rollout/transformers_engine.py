@@ -115,10 +115,9 @@ class TransformersEngine:
     ) -> list[list[Completion]]:
         """Samples n completions of each prompt; see `contract.Engine.sample`. They end together: no use of `arrived`.
 
-        Raises:
-            ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, a stop token that the model does
-                not have, stop strings or bad words without a tokenizer, or structured outputs, which only vLLM has.
-            RuntimeError: the policy's log-probabilities are not finite.
+        Raises ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, a stop token that the model
+        does not have, stop strings or bad words without a tokenizer, or structured outputs, which only vLLM has;
+        RuntimeError: the policy's log-probabilities are not finite.
         """
         check_transformers_sampling(sampling)
         limit = "positions that the model has learned: lower max_completion_length or max_seq_length"

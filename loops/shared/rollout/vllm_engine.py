@@ -358,9 +358,8 @@ class VllmEngine:
     ) -> list[list[Completion]]:
         """Samples n completions of each prompt; see `contract.Engine.sample`. All arrive at once.
 
-        Raises:
-            ValueError: as the contract says, or a prompt that does not fit.
-            RuntimeError: before the first sync, or when vLLM fails.
+        Raises ValueError: as the contract says, or a prompt that does not fit; RuntimeError: before the first sync, or
+        when vLLM fails.
         """
         if not self._serves:
             raise RuntimeError("vLLM has no weights, or not all of them: call sync before sample.")

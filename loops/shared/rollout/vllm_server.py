@@ -385,9 +385,7 @@ class VllmServerEngine:
         Completions under way are frozen, go on with the new weights (their keys and values computed again), and carry
         the older version. A server that is lost on the way gets everything once it is back.
 
-        Raises:
-            ValueError: vLLM has no place for a tensor, or one is missing.
-            RuntimeError: no server takes the weights.
+        Raises ValueError: vLLM has no place for a tensor, or one is missing; RuntimeError: no server takes the weights.
         """
         start = time.perf_counter()
         policy, served = unwrapped(policy), self._served
@@ -598,9 +596,8 @@ class VllmServerEngine:
     ) -> list[list[Completion]]:
         """Samples n completions of each prompt; see `contract.Engine.sample`.
 
-        Raises:
-            ValueError: as the contract says, or a prompt that does not fit.
-            RuntimeError: before the first sync, when no server comes back, or one serves weights of somebody else.
+        Raises ValueError: as the contract says, or a prompt that does not fit; RuntimeError: before the first sync,
+        when no server comes back, or one serves weights of somebody else.
         """
         if not self._serves:
             raise RuntimeError("the servers have no weights, or not all of them: call sync before sample.")

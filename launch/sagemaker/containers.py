@@ -42,49 +42,39 @@ class Serving:
 
 def vllm_environment(serving: Serving) -> dict[str, str]:
     """Variables of AWS's vLLM image."""
-    options: dict[str, Any] = {
-        "SERVED_MODEL_NAME": serving.name,
-        "TENSOR_PARALLEL_SIZE": serving.tensor_parallel,
-        "MAX_MODEL_LEN": serving.max_model_len,
-        "QUANTIZATION": serving.quantization,
-        "TOOL_CALL_PARSER": serving.tool_call_parser,
-        "ENABLE_AUTO_TOOL_CHOICE": "true" if serving.tool_call_parser else None,
-    }
+    options, beside = {**_options(serving, "QUANTIZATION"), "TENSOR_PARALLEL_SIZE": serving.tensor_parallel}, {}
     if serving.lora_rank:
         options |= {
             "MODEL": serving.base_model,
-            "SERVED_MODEL_NAME": f"{serving.name}-base",
-            "ENABLE_LORA": "true",
-            "MAX_LORA_RANK": room_for(serving.lora_rank),
             "LORA_MODULES": json.dumps([{"name": serving.name, "path": serving.adapter}]),
             "MIDDLEWARE": "serve_adapter.ServeAdapter",  # the base would answer without it; see that file
         }
         beside = {"PYTHONPATH": serving.adapter, "PLUMBLINE_ADAPTER": serving.name}
-    else:
-        beside = {}
     return {f"SM_VLLM_{name}": str(value) for name, value in options.items() if value is not None} | beside
 
 
 def lmi_environment(serving: Serving) -> dict[str, str]:
     """Variables of AWS's LMI image. It loads adapters from `adapters/NAME` of the mounted model."""
-    options: dict[str, Any] = {
-        "SERVED_MODEL_NAME": serving.name,
-        "MAX_MODEL_LEN": serving.max_model_len,
-        "QUANTIZE": serving.quantization,
-        "TOOL_CALL_PARSER": serving.tool_call_parser,
-        "ENABLE_AUTO_TOOL_CHOICE": "true" if serving.tool_call_parser else None,
-    }
-    if serving.lora_rank:
-        options |= {
-            "SERVED_MODEL_NAME": f"{serving.name}-base",
-            "ENABLE_LORA": "true",
-            "MAX_LORA_RANK": room_for(serving.lora_rank),
-        }
+    options = _options(serving, "QUANTIZE")
     return {
         "HF_MODEL_ID": serving.base_model or MODEL,
         "TENSOR_PARALLEL_DEGREE": str(serving.tensor_parallel),
         **{f"OPTION_{name}": str(value) for name, value in options.items() if value is not None},
     }
+
+
+def _options(serving: Serving, quantization: str) -> dict[str, Any]:
+    """What both images call alike; `quantization` is the image's word for it."""
+    options: dict[str, Any] = {
+        "SERVED_MODEL_NAME": f"{serving.name}-base" if serving.lora_rank else serving.name,
+        "MAX_MODEL_LEN": serving.max_model_len,
+        quantization: serving.quantization,
+        "TOOL_CALL_PARSER": serving.tool_call_parser,
+        "ENABLE_AUTO_TOOL_CHOICE": "true" if serving.tool_call_parser else None,
+    }
+    if serving.lora_rank:
+        options |= {"ENABLE_LORA": "true", "MAX_LORA_RANK": room_for(serving.lora_rank)}
+    return options
 
 
 ENVIRONMENTS = {"vllm": vllm_environment, "lmi": lmi_environment}

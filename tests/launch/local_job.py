@@ -85,8 +85,10 @@ def pretended_aws() -> Iterator[Any]:
 class Captured:
     """A job that was submitted to nobody."""
 
-    request: dict[str, Any]  # what CreateTrainingJob was given
-    channels: Path  # folder with one folder a channel, `code` and `sm_drivers` among them, as they arrived in S3
+    request: dict[str, Any]
+    """What CreateTrainingJob was given."""
+    channels: Path
+    """Folder with one folder a channel, `code` and `sm_drivers` among them, as they arrived in S3."""
 
 
 def capture(folder: Path, config: str | Path | Sequence[str | Path], **options: Any) -> Captured:

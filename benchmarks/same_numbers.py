@@ -1,7 +1,7 @@
 """Run the same small trainings from two checkouts; compare every number that they log, and the weights at their ends.
 
     git worktree add ../before COMMIT
-    python benchmarks/numbers.py ../before . [--only dpo-lora] [--rename old/name=new/name] [--within 1e-12]
+    python benchmarks/same_numbers.py ../before . [--only dpo-lora] [--rename old/name=new/name] [--within 1e-12]
 
 A change of how the code is laid out must not change a number; this is the proof. The cases are SFT, DPO and GRPO; full,
 LoRA and QLoRA; one process, DDP x 2 and FSDP2 x 2; and GRPO's other paths (two iterations, KL, a token budget). Both

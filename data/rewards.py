@@ -11,6 +11,7 @@ holds all completions of one prompt or more, which ones is up to the engine; it 
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -20,7 +21,7 @@ import re
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -207,8 +208,10 @@ def compute_rewards(
         values: list[float | None] = [None] * size
         failed_rows = list(range(size))
         try:
-            returned = list(function(**_accepted(name, function, available))) if size else []
-            if len(returned) != size:
+            returned = function(**_accepted(name, function, available)) if size else []
+            if isinstance(returned, (set, frozenset, Mapping)):
+                raise TypeError(f"reward {name} returned a {type(returned).__name__}; return a list in their order")
+            if len(returned := list(returned)) != size:
                 raise ValueError(f"reward {name} returned {len(returned)} values for {size} completions")
         except BaseException as error:  # a user's code may raise anything, SystemExit too; it is never a reward
             if isinstance(error, KeyboardInterrupt) or os.getpid() != process:  # a child that it forked is to end
@@ -284,15 +287,16 @@ def _needed(function: RewardFunction) -> list[inspect.Parameter]:
 
 
 def _accepted(name: str, function: RewardFunction, available: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a function takes: all of them where it has `**kwargs`."""
+    """The arguments that a function takes, all of them where it has `**kwargs`; its own copies, since training and the
+    next function read the rest."""
     for parameter in _needed(function):
         if parameter.name not in available:
             columns = ", ".join(column for column in available if column not in GIVEN)
             raise ValueError(f"reward {name} needs the column {parameter.name} and the rows have {columns}")
     parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return available
-    return {parameter.name: available[parameter.name] for parameter in parameters if parameter.name in available}
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    names = available if takes_all else [one.name for one in parameters if one.name in available]
+    return {name: copy.deepcopy(available[name]) for name in names}
 
 
 def _as_reward(value: Any) -> float | None:
@@ -386,18 +390,20 @@ _SPELLINGS = (
     (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # typographic minus signs
     (re.compile(r"\{,\}"), ","),  # LaTeX's thousands, and the spaces after them
     (re.compile(r"(?<=[0-9,])\\[,!](?=[0-9])|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))"), ""),
-    (re.compile(r"\\[$%]|[\u00a3\u20ac]"), lambda found: "%" if found[0] == r"\%" else "$"),  # pound, euro
+    (re.compile(r"\\[$%]|[\u00a3\u00a5\u20a0-\u20bf]"), lambda found: "%" if found[0] == r"\%" else "$"),  # currencies
     (re.compile(rf"(?<=[0-9]) ?{_TIMES} ?10(?:\^|\*\*)\{{?([-+]?[0-9]{{1,4}})(?![0-9])\}}?"), r"e\1"),
+    (re.compile(r"(?i)(?:(?<=[=:({])|(?<=\bis)|^) ?- ?(?=\$? ?\.?[0-9])|\b(?:minus|negative) (?=\$?\.?[0-9])"), " -"),
+    (re.compile(r"-\$ ?|- \$"), "-$"),
 )
-_FUNCTION = r"\\(?:[cdt]?frac|sqrt|log|ln|exp|binom|pm)"
+_FUNCTION = r"\\(?:[cdt]?frac|sqrt|log|ln|exp|binom|pm|overline|dot|bar)"
 # What makes a number a part of something longer: before it, after it, and before the braces that it stands in.
 _JOINED_BEFORE = re.compile(
     r"[/\u2044^\u221a\u00b1] ?$|[0-9][,.:'\u2019_]$|[A-Za-z_]-?$|[0-9]-[0-9]{1,2}-$|(?<![0-9])[0-9]{1,3} $"
-    rf"|{_FUNCTION} ?$"
+    rf"|{_FUNCTION}(?: ?[0-9])? ?$|[A-Za-z0-9_.]\( ?$|\b(?:sqrt|log|ln|exp) $|\+/- ?$|[<\u2264\u2265] ?$|\\[lg]eq? ?$"
 )
 _JOINED_AFTER = re.compile(
     r" ?[/\u2044](?! ?[A-Za-z]{2})|\^(?!\\circ|\{\\circ)|_[^_\W]| ?(?:\\pi|\u03c0)|\\(?:[cdt]?frac|sqrt)"
-    r"| (?:hundred|thousand|[mb]illion)"
+    r"| pi\b|(?: |-|\\text\{ ?)(?i:hundred|thousand|(?:[mb]|tr)illion|dozen|lakh|crore)"
 )
 _JOINED_BRACES = re.compile(rf"(?:{_FUNCTION}|[\^_}}\]])$")
 
@@ -425,7 +431,7 @@ def _last_number(text: str) -> Decimal | None:
         return None
     match = last[0]
     start, end = match.span()
-    before, after = text[max(0, start - 12) : start], text[end : end + 12]
+    before, after = text[max(0, start - 12) : start], text[end : end + 20]
     if re.search(r"[\w)]\*\*$", before) and not after.startswith("**"):  # a power, not markdown
         return None
     digits = match[0].lstrip("-$")
@@ -439,7 +445,7 @@ def _last_number(text: str) -> Decimal | None:
     for place in range(start - 1, -1, -1):
         depth += {"}": 1, "{": -1}.get(text[place], 0)
         if depth < 0:
-            return None if _JOINED_BRACES.search(text[max(0, place - 8) : place]) else parse_number(match[0])
+            return None if _JOINED_BRACES.search(text[max(0, place - 10) : place]) else parse_number(match[0])
     return parse_number(match[0])
 
 

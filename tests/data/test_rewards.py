@@ -103,6 +103,13 @@ def test_the_final_answer_counts(completion, right):
         ("the answer is...5", "5"),
         ("5\\,cm", "5"),
         ("\u7b54\u6848\u662f72\u3002", "72"),
+        ("x = - 5", "-5"),
+        ("The answer is - 5.", "-5"),
+        ("\\boxed{- 5}", "-5"),
+        ("it falls by minus 5", "-5"),
+        ("that is -\u00a55", "-5"),
+        ("a loss: - $5", "-5"),
+        ("$1.2 \\times 10^{-3}$", "0.0012"),
     ],
 )
 def test_a_number_is_read_however_it_is_written(completion, answer):
@@ -141,6 +148,24 @@ def test_a_number_is_read_however_it_is_written(completion, answer):
         ("COVID-19", "19"),
         ("1\u00bd", "1"),
         ("0x1F", "1"),
+        ("0.\\overline{3}", "3"),
+        ("0.(3)", "3"),
+        ("it is sqrt(2)", "2"),
+        ("log 8", "8"),
+        ("f(-5)", "-5"),
+        ("\\tfrac 1 2", "2"),
+        ("5 pi", "5"),
+        ("5 Million", "5"),
+        ("5-million", "5"),
+        ("5\\text{ million}", "5"),
+        ("2 trillion", "2"),
+        ("3 dozen", "3"),
+        ("+/- 5", "5"),
+        ("x \u2265 5", "5"),
+        ("x \\leq 5", "5"),
+        ("The answer is - 5.", "5"),
+        ("negative 5", "5"),
+        ("that is -\u20b95", "5"),
     ],
 )
 def test_a_part_of_something_longer_is_no_answer(completion, answer):
@@ -213,6 +238,27 @@ def test_a_value_that_is_no_number_fails_for_its_row_alone(bad):
     assert result.total[0] == 1.0 and math.isnan(result.total[1])
     assert result.failed == {"f": 1} and "for completion 1 of 2" in result.failure
     result.raise_if_all_missing()  # one row has its reward
+
+
+@pytest.mark.parametrize("unordered", [{3.0, 1.0}, frozenset((3.0, 1.0)), {1: "x", 0: "y"}])
+def test_values_without_the_order_of_the_completions_fail(unordered):
+    result = compute({"f": lambda completions: unordered}, ["x", "y"])
+    assert result.failed == {"f": 2} and "return a list in their order" in result.failure
+
+
+def test_a_reward_cannot_change_what_is_trained_or_judged_next():
+    """It gets copies: the lists of token ids are the sampled completions' own."""
+
+    def changes(completions, completion_ids, tags):
+        completions.clear()
+        completion_ids[0].pop()
+        tags[0].append("z")
+        return [1.0, 1.0]
+
+    ids, columns = [[1, 2], [3]], [{"tags": ["a"]}, {"tags": ["b"]}]
+    given = {"prompts": ["p"] * 2, "completions": ["x", "y"], "completion_ids": ids, "columns": columns}
+    result = compute_rewards({"a": changes, "b": lambda **all: [len(all["tags"][0])] * 2}, [1.0, 1.0], **given)
+    assert result.total == [2.0, 2.0] and ids == [[1, 2], [3]] and columns[0] == {"tags": ["a"]}
 
 
 def test_a_wrong_number_of_values_fails_for_all_rows():

@@ -177,9 +177,11 @@ def _plain_forward(model: nn.Module, batch, temperature: float) -> tuple[Tensor,
     return logprobs, -(everything.exp() * everything).sum(-1)
 
 
-# How far the packed and the plain log-probabilities of one token may differ, by dtype of the computation. Measured on 2
-# and 24 random layers: 2e-6 in float32; 0.01 and 0.07 in bfloat16, most where routers choose.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+# How far packed and plain log-probabilities may differ, by dtype of the computation. In 32 and 64 bits every token
+# counts: measured 2e-6 in float32. In 16 bits the median of each row: a router that rounds the other way moves single
+# tokens of a right model by up to 1, what packing gets wrong (masks, positions, scales) moves rows. Measured on 12
+# layers of 8 to 32 experts: 0.04 in bfloat16, 0.009 in float16; without experts 0.01 and 0.001.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 
 
 # Settings of a config, or of a module, that count tokens: only rows of more tokens feel them.
@@ -206,8 +208,9 @@ def _lowered_limits(model: nn.Module, length: int) -> Iterator[bool]:
             setattr(holder, name, value)
 
 
-def _difference(model: nn.Module, batch) -> float:
-    """Largest difference of a log-probability between the packed and the plain forward. Raises NotPackable."""
+def _difference(model: nn.Module, batch, dtype: torch.dtype) -> float:
+    """Difference of log-probabilities between the packed and the plain forward: the largest, in 16 bits the largest of
+    the rows' medians. Raises NotPackable."""
     try:
         packed = score(model, batch).logprobs
     except torch.OutOfMemoryError:
@@ -217,7 +220,9 @@ def _difference(model: nn.Module, batch) -> float:
         raise NotPackable(f"the packed forward of {name} is not possible ({error})") from error
     with compare_masks(batch.padded()[1].sum(dim=1)):
         plain = score(model, batch, packing=False).logprobs
-    return (packed - plain).abs().max().item() if packed.numel() else 0.0
+    rows = [row[mask] for row, mask in zip((packed - plain).abs(), batch.mask, strict=True) if mask.any()]
+    by_row = [row.median() if dtype.itemsize == 2 else row.max() for row in rows]
+    return torch.stack(by_row).max().item() if rows else 0.0
 
 
 @torch.no_grad()
@@ -225,16 +230,16 @@ def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[
     """Compare the packed with the plain forward on a batch out of real rows (`data.pack.pack_check`), and once more
     with windows that its rows reach, where the model's own are wider; dropout is off while it runs.
 
-    Returns (largest difference of a log-probability, None), or (nan, reason) for a model whose layers or masks packing
+    Returns (`_difference`, None), or (nan, reason) for a model whose layers or masks packing
     does not know, which the loops then train on the plain path. Raises ValueError when all layers are packed attention
     and the two forwards still disagree.
     """
     was_training = model.training
     model.eval()
     try:
-        difference = _difference(model, batch)
+        difference = _difference(model, batch, compute_dtype)
         with _lowered_limits(model, batch.padded()[0].shape[1]) as any_limits, torch.compiler.set_stance("force_eager"):
-            difference = max(difference, _difference(model, batch)) if any_limits else difference
+            difference = max(difference, _difference(model, batch, compute_dtype)) if any_limits else difference
     except NotPackable as error:
         return float("nan"), str(error)
     finally:

@@ -189,7 +189,7 @@ def _read_layer(
     notes: list[str],
 ) -> Values:
     """Keys as people wrote them -> `{leaf: typed value}`. Two names for one key are refused in a file; on the command
-    line the last one counts. All that is wrong with the layer is told in one sentence."""
+    line the last one counts (of lists, one is allowed). All that is wrong with the layer is told in one sentence."""
     layer: Values = {}
     computed: Values = {}
     spelled: dict[str, str] = {}
@@ -202,6 +202,8 @@ def _read_layer(
             wrong.append(f"unknown key `{written}`: this loop has no `{name}`")
         elif name in spelled and source != COMMAND_LINE and written not in OVERRIDES:
             wrong.append(f"`{spelled[name]}` and `{written}` both set `{name}`: keep one of them")
+        elif spelled.get(name) == written and source == COMMAND_LINE and "list[" in str(leaves[name].type):
+            wrong.append(f"`{written}` is given twice: write its values after one, `--{name} a b`")
         else:
             spelled[name] = written
             value = MEANS.get(name, {}).get("null" if value is None else str(value), value)

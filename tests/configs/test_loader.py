@@ -878,3 +878,9 @@ def test_loading_a_dumped_config_gives_an_equal_one(write, seed):
     config = load("--config", write(random_values(random.Random(seed)), "random.json"))
     assert load("--config", write(dump_config(config))) == config
     assert dump_config(load("--config", write(dump_config(config)))) == dump_config(config)
+
+
+def test_a_list_given_twice_on_the_command_line_is_refused(capsys):
+    """Of a number the last one counts; of a list it would drop what stands in the first."""
+    sentence = refused(capsys, "--report_to", "mlflow", "--report_to", "tensorboard")
+    assert "`report_to` is given twice: write its values after one, `--report_to a b`" in sentence

@@ -255,7 +255,12 @@ def _present_std(values: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def _ratio_metrics(
-    ratio: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, lowest: float, highest: float
+    ratio: Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    lowest: float,
+    highest: float,
 ) -> dict[str, Tensor]:
     # elsewhere the minimum takes the unclipped side
     clipped_low = (ratio < lowest) & (advantages < 0) & mask.bool()

@@ -56,7 +56,8 @@ def run(folder: Path, *options: str) -> list[dict]:
     common = ["--config", "configs/grpo.yaml", "--output_dir", str(folder), "--max_completion_length", "4"]
     common += ["--per_device_train_batch_size", "8", "--num_generations", "4", "--max_eval_samples", "4"]
     common += ["--model_id", "data/quickstart/scratch", "--from_scratch", "--log_completions_steps", "0"]
-    common += ["--reward_functions", "tests.loops.test_grpo:even_lengths", "--eval_reward", "null"]
+    own = [] if "--reward_functions" in options else ["--reward_functions", "tests.loops.test_grpo:even_lengths"]
+    common += [*own, *([] if "--eval_reward" in options else ["--eval_reward", "null"])]
     threads = torch.get_num_threads()
     grpo.main(load_config(grpo.Config, [*common, *options], prog="grpo"))
     torch.set_num_threads(threads)

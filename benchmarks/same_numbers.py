@@ -3,6 +3,11 @@
     git worktree add ../before COMMIT
     python benchmarks/same_numbers.py ../before . [--only dpo-lora] [--rename old/name=new/name] [--within 1e-12]
 
+Or, to run the older checkout once for many comparisons (`before.json` is of this machine and holds only there):
+
+    python benchmarks/same_numbers.py --record before.json ../before
+    python benchmarks/same_numbers.py before.json .
+
 A change of how the code is laid out must not change a number; this is the proof. The cases are SFT, DPO and GRPO; full,
 LoRA and QLoRA; one process, DDP x 2 and FSDP2 x 2; and GRPO's other paths (two iterations, KL, a token budget). Both
 checkouts run one after the other on this machine, in one thread, so that equal arithmetic gives equal bits. Times and
@@ -101,23 +106,32 @@ def gap(before: list[dict], after: list[dict], renamed: dict[str, str]) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=Path, help="a checkout, or a file that --record wrote")
+    parser.add_argument("after", type=Path, nargs="?")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="only run the first checkout, and keep its numbers")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rename", nargs="*", default=[], metavar="OLD=NEW", help="metrics that have another name now")
     parser.add_argument("--within", type=float, default=0.0, help="relative difference that is allowed")
     arguments = parser.parse_args()
     renamed = dict(pair.split("=") for pair in arguments.rename)
+    before = json.loads(arguments.before.read_text()) if arguments.before.is_file() else None
+    recorded: dict = {}
     wrong = 0
     print("| case | numbers | largest difference | weights |\n|---|---|---|---|", flush=True)
     for name, (loop, file, options) in cases().items():
         if arguments.only not in name:
             continue
         with tempfile.TemporaryDirectory() as parent:
-            old, new = (
-                run(house.resolve(), loop, file, options, Path(parent) / side)
-                for side, house in (("before", arguments.before), ("after", arguments.after))
-            )
+            if before is None:
+                old = run(arguments.before.resolve(), loop, file, options, Path(parent) / "before")
+            else:
+                old = before[name]
+            if arguments.record:
+                recorded[name] = old
+                arguments.record.write_text(json.dumps(recorded))
+                print(f"| {name} | {sum(map(len, old[0]))} | recorded | |", flush=True)
+                continue
+            new = run(arguments.after.resolve(), loop, file, options, Path(parent) / "after")
         difference, where = gap(old[0], new[0], renamed)
         same = old[1] == new[1] and bool(old[1])
         wrong += difference > arguments.within or (not same and not arguments.within)

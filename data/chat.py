@@ -306,6 +306,11 @@ def encode_prompt(
         text = _render_checked(messages, tools, tokenizer, report, generation_prompt=True)
         if begun.lstrip().startswith("<think>") and text.rstrip().endswith("<think>"):  # of the generation prompt
             text = text.rstrip().removesuffix("<think>")
+        elif begun:  # a template may put a blank in front of a reply
+            whole = _render([*messages, {"role": "assistant", "content": begun}], tools, tokenizer)
+            start = whole.rfind(begun.strip())
+            if start > 0 and whole[:start].rstrip() == text.rstrip():
+                text, begun = whole[:start], begun.lstrip()
         text += begun
         ids = _tokenise(text, [], tokenizer, special=False)[0]
         report.stop_tokens.update(turn_ends(tokenizer))
@@ -371,7 +376,7 @@ def _encode_conversation(
         if message["role"] == "assistant" and index >= (first or 0) and not all(message.get(f, 1) for f in _FLAGS):
             span = _to_stop_token(text, _turn_span(text, messages, index, tools, tokenizer), tokenizer)
             spans = _without(spans, span)
-        if spans and first is not None and (begun := message.get("begun")):
+        if spans and first is not None and (begun := message.get("begun", "").lstrip()):  # which a template may trim
             found = text.find(begun, spans[0][0])
             spans = _without(spans, (0, found + len(begun) if found >= 0 else spans[0][0]))
     if cut and spans:
@@ -514,6 +519,7 @@ def _asks_nothing(context: list[Message], reply: list[Message]) -> bool:
     return not context or (reply[0]["role"] == "user" and all(message["role"] in _SYSTEM for message in context))
 
 
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _FLAGS = ("weight", "train", "training", "loss")
 """Keys of a message that say whether a reply is trained (OpenAI's, Mistral's and other frameworks')."""
 
@@ -540,9 +546,9 @@ def _as_message(message: Any, key: str) -> Message:
                 f"its {key} holds a message with {name} {_shown(message[name])}; give 1 or true to train on it, 0 or"
                 " false to keep it as context."
             )
-    if message["role"] == "assistant" and not message.keys() - {"role", *_FLAGS}:
+    calls = message.pop("tool_calls", None) or message.pop("function_call", None)  # one call, in OpenAI's older rows
+    if message["role"] == "assistant" and not (calls or message.keys() & {"content", *_THOUGHTS}):
         raise NoReply(f"its {key} holds a reply that is null; give text.")
-    calls = message.pop("tool_calls", None)
     return {**message, "content": content, **({"tool_calls": parse_tool_calls(calls)} if calls else {})}
 
 
@@ -602,7 +608,7 @@ def _words(messages: list[Message]) -> Iterator[tuple[str, str]]:
     for message in messages:
         content = message["content"]
         if message["role"] == "assistant":
-            for key in ("reasoning_content", "reasoning", "thinking"):
+            for key in _THOUGHTS:
                 if isinstance(message.get(key), str):
                     yield "thoughts", message[key]
             thought, closed, answer = content.rpartition("</think>")
@@ -621,7 +627,7 @@ def _words(messages: list[Message]) -> Iterator[tuple[str, str]]:
 def turn_ends(tokenizer: Tokenizer) -> tuple[str, ...]:
     """The tokens with which the chat template ends an assistant's turn; of a plain reply the first of them.
 
-    That is the token that it writes after the last reply, else the one that follows a reply at once when a question
+    That is the token that it writes after the last reply, else the one that follows a reply when a question
     comes after it, else (`_whole_turns` appends it) the tokenizer's end of sequence. A turn that calls tools may end
     with another one.
     """
@@ -644,7 +650,7 @@ def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
 
     added = [token for added in tokenizer.added_tokens_decoder.values() if (token := str(added)).strip()]
     added.sort(key=len, reverse=True)
-    last, followed, called = after(talk).lstrip(), after([*talk, talk[0]]), after(calling).rstrip()
+    last, followed, called = after(talk).lstrip(), after([*talk, talk[0]]).lstrip(), after(calling).rstrip()
     stops = [token for token in added if last.startswith(token)][:1]
     stops = stops or [token for token in added if followed.startswith(token)][:1] or [tokenizer.eos_token]
     if stops == [None]:
@@ -671,10 +677,11 @@ def _whole_turns(
     stops = turn_ends(tokenizer)
     report.stop_tokens.update(stops)
     messages = [dict(message) for message in messages]
+    ends = (*stops, tokenizer.eos_token or stops[0])  # rows made for another template, or for none, spell the latter
     for message in messages:
-        while message["role"] == "assistant" and message["content"].rstrip().endswith(stops):
+        while message["role"] == "assistant" and message["content"].rstrip().endswith(ends):
             content = message["content"].rstrip()
-            message["content"] = content[: -len(next(stop for stop in stops if content.endswith(stop)))]
+            message["content"] = content[: -len(next(end for end in ends if content.endswith(end)))]
     text = _render_checked(messages, tools, tokenizer, report)
     if messages[-1]["role"] == "assistant" and not text.rstrip().endswith((*stops, *_special_tokens(tokenizer))):
         text += stops[0]

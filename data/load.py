@@ -602,8 +602,10 @@ def _convert_row(row: Row, config: DataConfig, where: str, found: Counter[str]) 
             row[name] = [{"role": "user" if name == "prompt" else "assistant", "content": row[name]}]
     if not filled or mapped.keys() & {*SYSTEM_COLUMNS, "history"}:
         _add_own_beginning(row, where, found)
-    elif row.get("system") and not any("{system}" in (text or "") for _, text in templates.values()):
-        found["rows whose column system no template names, so it is not used"] += 1
+    else:
+        for name in SYSTEM_COLUMNS:
+            unused = bool(row.get(name)) and not any(f"{{{name}}}" in (text or "") for _, text in templates.values())
+            found[f"rows whose column {name} no template names, so it is not used"] += unused
     if config.system_prompt is not None:
         if not _add_messages(row, [{"role": "system", "content": _unescape(config.system_prompt)}]):
             raise ValueError(
@@ -652,9 +654,15 @@ def _parse_conversation(value: Any, column: str, where: str) -> list[Any] | None
         else:
             reason = "it is another value"
     messages = [messages] if isinstance(messages, dict) else messages
-    if _is_conversation(messages) and all({"content", "value", "tool_calls"} & turn.keys() for turn in messages):
+
+    def says(turns: Any) -> bool:
+        return _is_conversation(turns) and all({"content", "value", "tool_calls"} & turn.keys() for turn in turns)
+
+    if says(messages):
         return messages
-    if column == "messages" or messages is None and _MESSAGE_TEXT.match(value):
+    items = messages if isinstance(messages, list) else []
+    inside = [part for item in items for part in (item.values() if isinstance(item, dict) else [item])]
+    if column == "messages" or messages is None and _MESSAGE_TEXT.match(value) or any(map(says, inside)):
         raise ValueError(
             f"the {column} of {where} is text that is no JSON list of messages ({reason}): {value[:60]!r};"
             " give a list of objects with role and content (or name the column in a template, which takes it as text)."
@@ -767,8 +775,10 @@ def _unescape(template: str) -> str:
     return re.sub(r"(\\+)(n[A-Za-z]*)", read, template)
 
 
-def _fill(template: str, row: Row, key: str, where: str) -> str:
+def _fill(template: str, row: Row, key: str, where: str) -> str | None:
+    """None for a reply of which every column is null."""
     parts = []
+    nulls = []
     try:
         fields = list(string.Formatter().parse(_unescape(template)))
     except ValueError as error:
@@ -784,10 +794,11 @@ def _fill(template: str, row: Row, key: str, where: str) -> str:
                 f" the columns are {', '.join(row)} (write a literal brace twice)."
             )
         value = row[name]
+        nulls.append(value is None)
         if value is None:
             value = ""
         parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-    return "".join(parts)
+    return None if key != "input_template" and nulls and all(nulls) else "".join(parts)
 
 
 def import_function(name: str, *, key: str) -> Callable[..., Any]:

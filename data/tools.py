@@ -25,10 +25,13 @@ def parse_tool_calls(value: Any) -> list[dict[str, Any]]:
     calls = []
     for call in [value] if isinstance(value, dict) else value:
         call = _as_function(call, "tool_calls")
-        arguments = call["function"].get("arguments")
+        function = dict(call["function"])
+        arguments = function.pop("parameters", None) if function.get("arguments") is None else function["arguments"]
         if isinstance(arguments, str):
-            arguments = _parse_json(arguments, f"text of {call['function']['name']}'s arguments") if arguments else {}
-        call["function"] = {**call["function"], "arguments": {} if arguments is None else arguments}
+            arguments = _parse_json(arguments, f"text of {function['name']}'s arguments") if arguments else {}
+        if not isinstance(arguments, dict | None):
+            raise ValueError(f"the arguments of {function['name']} are {arguments!r:.80}; give an object.")
+        call["function"] = {**function, "arguments": arguments or {}}
         calls.append(call)
     return calls
 

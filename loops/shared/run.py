@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -344,8 +345,10 @@ class Run:
         state = load_checkpoint(self.checkpoint, accelerator=self.accelerator, checked=checked, **objects)
         self._begin(state["step"])
         self.say(f"resuming from {self.checkpoint}")
-        now = {"steps in total": self.total_steps, **self.settings["optim"]}
+        told = {key: value for key, value in self.identity["rows_from"].items() if key.startswith(("eval_", "code "))}
+        now = {"steps in total": self.total_steps, **self.settings["optim"], **told}
         then = {"steps in total": state.get("total_steps", self.total_steps), **state.get("optim", {})}
+        then |= state.get("rows_from", {})
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then.get(key, value) != value]
         if changed:
             rate = scheduler.get_last_lr()[0]
@@ -670,6 +673,12 @@ def settings_of_identity(loop: str, settings: dict) -> dict:
     unused += () if model["load_in_4bit"] else ("bnb_",)
     decides = {key: value for key, value in decides.items() if key == "lora_r" or not key.startswith(unused)}
     rows = {"tokenizer_id": model["tokenizer_id"], **settings["data"], **settings.get("encode", {})}
+    given = settings.get("reward", {}).get("reward_functions", ())
+    for name in given.split(",") if isinstance(given, str) else given:  # told on resume: a reward may be mended
+        module, _, function = name.strip().partition(":")
+        with suppress(KeyError, AttributeError, OSError, TypeError):  # one of ours, or without source
+            source = inspect.getsource(getattr(sys.modules[module], function)).encode()
+            rows[f"code of {name.strip()}"] = hashlib.sha256(source).hexdigest()[:8]
     found = {"decides": decides, "rows_from": rows, "weights_from": {key: model[key] for key in OF_WEIGHTS}}
     return json.loads(json.dumps(without_passwords(found)))
 

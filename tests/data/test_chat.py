@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.chat import EncodeConfig, EncodeReport, encode_example, encode_pair, encode_prompt, encode_rows
+from data.chat import EncodeConfig, EncodeReport, encode_example, encode_pair, encode_prompt, encode_rows, turn_ends
 from data.load import DataConfig, load_rows
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -617,3 +617,52 @@ def test_real_verifiable_prompts_keep_their_answers():
     prompts, _ = encode_rows(rows, encode_prompt, tokenizer, EncodeConfig(), what="tasks")
     assert [prompt.columns["answer"] for prompt in prompts] == [row["answer"] for row in rows]
     assert all(prompt.text.endswith("<|im_start|>assistant\n") for prompt in prompts)
+
+
+# Siblings of faults that people met
+
+
+def test_a_reply_is_its_content_its_thoughts_or_its_calls_and_null_without_them():
+    """Other keys make no reply; one call may stand in `function_call`; arguments in `parameters`, and are an object."""
+    call = {"name": "f", "parameters": {"level": 0.95}}
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer = bytes_tokenizer(template)
+    for nothing in ({"name": "bot"}, {"refusal": "no"}, {"tool_calls": []}, {"function_call": None}):
+        rows = [{"messages": [TALK[1], {"role": "assistant", "content": None, **nothing}]}, {"messages": TALK[1:3]}]
+        assert encode_rows(rows, encode_example, tokenizer, EncodeConfig(), what="rows")[1].no_reply == 1
+    for key, value in (("tool_calls", [call]), ("function_call", call)):
+        reply = {"role": "assistant", "content": None, key: value}
+        assert trained({"messages": [TALK[1], reply]}, tokenizer) == 'f{"level": 0.95}</s>'
+    for arguments in ([1], json.dumps('{"level": 0.95}')):
+        reply["function_call"] = {"name": "f", "arguments": arguments}
+        with pytest.raises(ValueError, match="the arguments of f are .*; give an object"):
+            trained({"messages": [TALK[1], reply]}, tokenizer)
+
+
+def test_every_turn_ends_with_the_token_at_which_sampling_stops():
+    """Also where a line break stands before the next turn's token, and where a reply spells the end of sequence."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    talk = [TALK[1], {"role": "assistant", "content": "a1"}, TALK[3], {"role": "assistant", "content": "a2</s>"}]
+    assert turn_ends(bytes_tokenizer(template)) == ("<|im_start|>",)
+    assert trained({"messages": talk}, bytes_tokenizer(template)) == "a1\n<|im_start|>a2\n<|im_start|>"
+    assert trained({"messages": talk}, bytes_tokenizer(UNMARKED)) == "a1<|im_end|>a2<|im_end|>"
+
+
+@pytest.mark.parametrize("written", ["m.content", "m.content | trim", "' ' + m.content | trim"])
+def test_a_begun_reply_is_sampled_from_the_text_that_is_trained_on(written):
+    template = (
+        "{% for m in messages %}{{ m.role + ':' }}{{ WRITTEN }}{{ '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    ).replace("WRITTEN", written)
+    tokenizer = bytes_tokenizer(template)
+    row = {"prompt": [TALK[1], {"role": "assistant", "content": " It is "}], "completion": "four"}
+    sampled = encode_prompt({"prompt": row["prompt"]}, tokenizer, EncodeConfig()).text
+    assert tokenizer.decode(encode_example(row, tokenizer, EncodeConfig()).input_ids) == sampled + "four</s>"
+    assert trained(row, tokenizer) == "four</s>"

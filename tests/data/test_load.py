@@ -556,3 +556,30 @@ def test_dates_and_decimals_have_a_text_in_templates(tmp_path):
     Dataset.from_list([{"day": datetime.date(2026, 1, 2)}]).to_parquet(str(tmp_path / "a.parquet"))
     [row] = train_rows(dataset_name=str(tmp_path / "a.parquet"), input_template="{day}")
     assert "2026-01-02" in row["prompt"]
+
+
+def test_a_reply_made_of_nulls_alone_is_null(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"q": "q", "a": null, "why": null}\n{"q": "q", "a": "a", "why": null}\n')
+    config = DataConfig(dataset_name=str(file), input_template="{q}", output_template="{why}{a}")
+    assert [row["completion"] for row in load_rows(config, seed=0)[0]] == [None, "a"]
+
+
+def test_conversations_that_are_deeper_in_json_text_are_refused_and_other_json_is_text(tmp_path):
+    turns = [{"role": "user", "content": "q"}]
+    file = tmp_path / "rows.jsonl"
+    for prompt in ([turns], {"messages": turns}):
+        file.write_text(json.dumps({"prompt": json.dumps(prompt), "completion": "a"}))
+        with pytest.raises(ValueError, match="the prompt of row 1 of .* is text that is no JSON list of messages"):
+            load_rows(DataConfig(dataset_name=str(file)), seed=0)
+    completion = json.dumps({"members": [{"role": "user", "name": "q"}]})
+    file.write_text(json.dumps({"prompt": "q", "completion": completion}))
+    assert load_rows(DataConfig(dataset_name=str(file)), seed=0)[0][0]["completion"] == completion
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_a_system_column_that_no_template_names_is_told(column, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({column: "s", "q": "q"}))
+    told = load_rows(DataConfig(dataset_name=str(file), input_template="{q}"), seed=0)[0].notes
+    assert f"1 rows whose column {column} no template names, so it is not used" in told

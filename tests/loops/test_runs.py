@@ -665,3 +665,29 @@ def test_threads_that_the_user_chose_stay(tmp_path):
     done = subprocess.run([sys.executable, *words], cwd=HOUSE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "provenance.json").read_text())["threads"] == 1
+
+
+def test_a_reward_of_the_same_name_and_other_code_is_told_on_resume(tmp_path, capfd):
+    name = f"reward_{os.getpid()}"
+    file, folder = tmp_path / f"{name}.py", tmp_path / "run"
+    options = ["--save_steps", "1", "--reward_functions", f"{name}:score", "--max_completion_length", "4"]
+    words = ["-m", "loops.grpo", "--config", "configs/grpo.yaml", "--output_dir", str(folder), *options, *TINY]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(HOUSE)])}
+    for steps, resume, body in (("1", "none", "[1.0] * len(completions)"), ("2", "latest", "[0.0] * len(completions)")):
+        file.write_text(f"def score(*, completions, **_):\n    return {body}\n")
+        more = ["--max_steps", steps, "--resume_from", resume]
+        done = subprocess.run(
+            [sys.executable, *words, *more], cwd=HOUSE, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert f"changed: steps in total 1 -> 2, code of {name}:score " in done.stdout
+
+
+def test_other_evaluation_rows_are_told_on_resume(tmp_path, capfd):
+    options = ["--save_steps", "1", *TINY]
+    run("sft", tmp_path, "--max_steps", "1", *options)
+    run("sft", tmp_path, "--max_steps", "2", *options, "--eval_split_ratio", "0", "--resume_from", "latest")
+    assert "eval_" not in capfd.readouterr().out.partition("changed: ")[2].partition("\n")[0]
+    data = "data/quickstart/sft_train.jsonl"
+    run("sft", tmp_path, "--max_steps", "3", *options, "--eval_dataset_name", data, "--resume_from", "latest")
+    assert f"-> {data}" in capfd.readouterr().out

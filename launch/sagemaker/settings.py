@@ -82,8 +82,6 @@ class Settings:
     """Requirements file in the place of launch/sagemaker/requirements.txt, or `none` where the image has everything."""
     include: Sequence[str] = ()
     """Files and folders of yours that the job can import, such as reward functions."""
-    launcher: str = "accelerate"
-    """accelerate; or torchrun, the SDK's own launcher, which saves nothing on SIGTERM and fetches no secrets."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Further variables of the job."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -102,10 +100,6 @@ class Settings:
     """Name or ARN of the secret that holds the Hugging Face token; the job fetches it."""
 
     def __post_init__(self) -> None:
-        if self.launcher not in ("accelerate", "torchrun"):
-            raise ValueError(f"launcher is `{self.launcher}`; give accelerate or torchrun.")
-        if self.launcher == "torchrun" and (self.wandb_secret or self.hf_secret):
-            raise ValueError("launcher torchrun leaves out our entry, which fetches secrets: use accelerate.")
         if bool(self.subnets) != bool(self.security_group_ids):
             raise ValueError("subnets and security_group_ids belong together: give both, or none.")
         for name in (self.wandb_secret, self.hf_secret):

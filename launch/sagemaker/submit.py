@@ -5,7 +5,7 @@
 
 Every `--key value` that is no option of this command is a key of the loop's configuration, and travels as a
 hyperparameter. What would end the job later is refused here. In the job, `launch/sagemaker/entry.py` starts
-`accelerate launch`; with `--launcher torchrun` the SDK's own driver starts torchrun.
+`accelerate launch`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from configs.loader import dump_config, flat_values, load_config
+from configs.loader import flat_values, load_config
 from launch.sagemaker.entry import SECRETS, Cluster, launch_command
 from launch.sagemaker.failures import NO_SDK, aws_errors, find_region, one_sentence_errors, sentence_of
 from launch.sagemaker.limits import (
@@ -37,7 +37,6 @@ from launch.sagemaker.limits import (
 from launch.sagemaker.places import JOBS_OWN, hyperparameter_words, split_words
 from launch.sagemaker.settings import Compute, Settings, as_channels, as_compute
 from launch.sagemaker.source import check_sources, loop_of, stage_source, with_places
-from launch.sagemaker.torchrun import job_config, sharding_environment
 from launch.sagemaker.trainer import DryRun, build_trainer, dry_session, entry_command
 
 CODE = "/opt/ml/input/data/code"
@@ -116,16 +115,6 @@ def submit(
             include=[Path(path) for path in settings.include],
             requirements=Path(str(settings.requirements)) if own else None,
         )
-        if settings.launcher == "torchrun":
-            from loops.shared.sharding import read_sharding
-
-            run = whole.run
-            if machines.processes > 1:
-                sharding = read_sharding(run.fsdp, run.fsdp_config, run.cpu_offload)
-                environment |= sharding_environment(sharding, machines=machines.instance_count)
-            places = [f"configs/job-{loop}.yaml"]
-            Path(folder, places[0]).write_text(dump_config(job_config(whole, channels, loop)), encoding="utf-8")
-            chosen = {"config": places[0]}
         travels = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
         check_environment({name: value for name, value in environment.items() if name not in SECRETS.values()})
         try:
@@ -156,23 +145,19 @@ def submit(
     sent = dict(_request)
     name, checkpoints = sent["TrainingJobName"], sent["CheckpointConfig"]["S3Uri"]
     model = f"{sent['OutputDataConfig']['S3OutputPath']}/{name}/output/model/"
-    if settings.launcher == "torchrun":  # nobody moves it out of the run's folder there
-        model = f"{checkpoints}/model/"
     if not dry_run:
         print(f"submitted as {name}", file=sys.stderr, flush=True)
     if wait and not dry_run:
         from launch.sagemaker.follow import follow
 
         follow(name, session=session)
-    command = command_of(loop, places, chosen, machines, settings.launcher)
+    command = command_of(loop, places, chosen, machines)
     return Job(name, model, checkpoints, sent, command, travels)
 
 
-def command_of(loop: str, configs: Sequence[str], chosen: Mapping[str, Any], machines: Compute, launcher: str) -> str:
+def command_of(loop: str, configs: Sequence[str], chosen: Mapping[str, Any], machines: Compute) -> str:
     """The job's own command and, below it, the launcher's line of the first host; channels add to the latter."""
     words = [f"loops/{loop}.py", *(word for path in configs for word in ("--config", path))]
-    if launcher == "torchrun":
-        return f"torchrun {' '.join(words)}"
     each = machines.processes // machines.instance_count
     hosts = tuple(sorted(f"algo-{n + 1}" for n in range(machines.instance_count)))
     cluster = Cluster(hosts, hosts[0], "eth0", machines.instance_type, each)

@@ -73,7 +73,6 @@ def build_trainer(
     )
     from sagemaker.core.training.configs import Compute as Machines
     from sagemaker.train import ModelTrainer
-    from sagemaker.train.distributed import Torchrun
 
     from loops.shared.tracking import HEADLINE
 
@@ -84,11 +83,6 @@ def build_trainer(
         **IMAGE, region=session.region_name, image_scope="training", instance_type=compute.instance_type
     )
     run = settings.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
-    start: dict[str, Any] = {"requirements": None if settings.requirements == "none" else REQUIREMENTS}
-    if settings.launcher == "torchrun":
-        start["entry_script"] = f"loops/{loop}.py"
-    else:
-        start["command"] = entry_command(loop, configs)
     network = settings.subnets or settings.encrypt_traffic
     tags = {"plumbline": loop, "run": run, **settings.tags}
     trainer = ModelTrainer(
@@ -96,8 +90,11 @@ def build_trainer(
         role=role,
         base_job_name=settings.run_name or f"plumbline-{loop}",
         training_image=image,
-        source_code=SourceCode(source_dir=folder, **start),
-        distributed=Torchrun() if settings.launcher == "torchrun" else None,
+        source_code=SourceCode(
+            source_dir=folder,
+            command=entry_command(loop, configs),
+            requirements=None if settings.requirements == "none" else REQUIREMENTS,
+        ),
         compute=Machines(
             instance_type=compute.instance_type,
             instance_count=compute.instance_count,

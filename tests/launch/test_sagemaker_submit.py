@@ -13,16 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs.loader import load_config
 from launch.sagemaker import limits, source
 from launch.sagemaker.entry import SECRETS
 from launch.sagemaker.instances import gpus_of
 from launch.sagemaker.places import split_words
 from launch.sagemaker.settings import DAY, Compute, Settings, as_channels, as_compute
 from launch.sagemaker.submit import build_parser, main, pairs_of, read_config, submit
-from launch.sagemaker.torchrun import job_config, sharding_environment
 from launch.sagemaker.trainer import fingerprint, metric_pattern
-from loops.shared.sharding import Sharding, read_launcher_sharding
 from loops.shared.tracking import HEADLINE
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -124,8 +121,6 @@ def test_machines_that_sagemaker_does_not_have_are_refused(given, sentence):
         ({"run_name": "my run"}, "run_name `my run`"),
         ({"run_name": "x" * 39}, "38 at most"),
         ({"subnets": ["subnet-1"]}, "give both, or none"),
-        ({"launcher": "mpi"}, "accelerate or torchrun"),
-        ({"launcher": "torchrun", "wandb_secret": "team/wandb"}, "fetches secrets"),
         ({"wandb_secret": "not a name"}, "names or ARNs of secrets"),
         ({"environment": {"WANDB_API_KEY": "x"}}, "environment `WANDB_API_KEY` would stand in clear text"),
         ({"environment": {"HF_TOKEN": "x"}}, "environment `HF_TOKEN` would stand in clear text"),
@@ -333,37 +328,6 @@ def test_gpus_of_an_instance(instance_type, gpus):
     assert Compute(instance_type=instance_type, instance_count=3).processes == 3 * max(1, gpus)
 
 
-# Torchrun
-
-
-@pytest.mark.parametrize(
-    "sharding",
-    [
-        Sharding(),
-        Sharding(reshard_after_forward=False, cpu_offload=True, forward_prefetch=True, activation_checkpointing=True),
-        Sharding(dp_replicate_size=4, layer_classes=("A", "B"), cpu_ram_efficient_loading=True),
-    ],
-)
-def test_the_variables_for_torchrun_mean_the_configs_sharding(sharding):
-    assert read_launcher_sharding(sharding_environment(sharding, machines=2)) == sharding
-
-
-def test_hybrid_sharding_is_one_copy_a_machine():
-    found = read_launcher_sharding(sharding_environment(Sharding(dp_replicate_size=0), machines=4))
-    assert found is not None and found.dp_replicate_size == 4
-    assert sharding_environment(None, machines=4) == {}
-
-
-def test_the_config_for_torchrun_has_the_jobs_folders_and_keeps_the_rest():
-    config = read_config("grpo", [Path("configs/grpo.yaml")], {"fsdp": "full_shard", "input_template": "{question}"})
-    changed = job_config(config, {"training": "s3://b/rows/", "models": "s3://b/model/"}, "grpo")
-    assert changed.data.dataset_name == "/opt/ml/input/data/training"
-    assert changed.data.eval_dataset_name is None and changed.data.input_template == "{question}"
-    assert changed.model.model_id == "/opt/ml/input/data/models"
-    assert (changed.run.output_dir, changed.run.resume_from) == ("/opt/ml/checkpoints", "latest")
-    assert changed.run.fsdp == {} and changed.optim == config.optim
-
-
 # The request, from the SDK
 
 
@@ -568,50 +532,6 @@ def test_a_job_that_aws_took_is_not_called_refused(capsys):
         session.events.register("before-call.sagemaker.CreateTrainingJob", busy)
         with pytest.raises(ValueError, match="AWS refused: .*Rate exceeded"):
             submit("configs/grpo.yaml", role=ROLE, region="us-east-1", session=session)
-
-
-@MOTO
-def test_torchrun_gets_one_whole_config_and_the_shardings_variables(tmp_path):
-    from loops.grpo import Config
-    from tests.launch.local_job import capture
-
-    captured = capture(
-        tmp_path / "channels",
-        "configs/grpo.yaml",
-        hyperparameters={"fsdp": "full_shard", "max_steps": 7},
-        compute={"instance_type": "ml.p4d.24xlarge", "instance_count": 2},
-        settings=Settings(launcher="torchrun"),
-    )
-    drivers = tmp_path / "channels/sm_drivers"
-    assert json.loads((drivers / "sourcecode.json").read_text())["entry_script"] == "loops/grpo.py"
-    assert "torchrun_driver.py" in (drivers / "sm_train.sh").read_text()
-    assert captured.request["HyperParameters"] == {"config": "configs/job-grpo.yaml"}
-    environment = captured.request["Environment"]
-    assert environment.pop("PYTHONPATH") == "/opt/ml/input/data/code"
-    assert read_launcher_sharding(environment) == Sharding()
-    sent = load_config(Config, ["--config", str(tmp_path / "channels/code/configs/job-grpo.yaml")], prog="test")
-    assert (sent.run.max_steps, sent.run.output_dir, sent.run.fsdp) == (7, "/opt/ml/checkpoints", {})
-
-
-@MOTO
-def test_the_sdks_torchrun_driver_trains(tmp_path):
-    """Its own script and driver, unmodified, in a private namespace: two steps, and a model where `Job.model` says."""
-    from tests.launch.local_job import LocalJob, capture, why_not
-
-    if reason := why_not():
-        pytest.skip(reason)
-    captured = capture(
-        tmp_path / "channels",
-        "configs/grpo.yaml",
-        hyperparameters={"max_steps": 2, "per_device_train_batch_size": 32, "max_eval_samples": 8},
-        compute={"instance_type": "ml.m5.xlarge"},
-        settings=Settings(launcher="torchrun"),
-    )
-    with LocalJob(captured=captured, folder=tmp_path / "job", processes=1) as job:
-        assert job.wait(240) == [0], job.hosts[0].log[-3000:]
-        run = job.hosts[0].ml / "checkpoints"
-    assert [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()][-1] == 2
-    assert (run / "model/model.safetensors").is_file()
 
 
 @SDK

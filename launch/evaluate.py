@@ -222,9 +222,7 @@ def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], conf
     numbers: each prompt's row in the data, from 1. A prompt's randomness belongs to its place, so the completions are
     the same on any number of processes.
     """
-    sampling = config.rollout.sampling()
-    if not config.do_sample:
-        sampling = replace(sampling, temperature=0.0)
+    sampling = config.rollout if config.do_sample else config.rollout.greedy()
     accelerator, size = run.accelerator, config.generation_batch_size
     functions = build_scores(config.reward, prompts)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)

@@ -209,7 +209,7 @@ def evaluate(
         add_sums(sums, scored[1])
     policy.train()
     total = reduce_sums(accelerator, sums)
-    settings = {"sampling": config.rollout.sampling(), "accelerator": accelerator}
+    settings = {"sampling": config.rollout, "accelerator": accelerator}
     metrics = greedy_evaluation(engine, prompts, judges, policy=policy, **settings)
     number = max(total["pairs"], 1)
     metrics["eval/loss"] = total["loss/dpo"] / number

@@ -93,7 +93,7 @@ class Config:
             raise ValueError(f"temperature is {self.rollout.temperature}; give a value above 0.")
         if self.rollout.num_generations < 2:
             raise ValueError("num_generations is below 2; a group needs at least two completions.")
-        restrictions = self.rollout.sampling().restrictions
+        restrictions = self.rollout.restrictions
         if self.num_iterations > 1 and restrictions:
             what = f"num_iterations above 1 with {restrictions[0]}"
             raise ValueError(f"{what} would bias the importance ratios; drop one of them.")
@@ -143,7 +143,7 @@ def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
         [prompts[rows[place]] for place in places],
         partial(judge_completions, rewards) if judges else None,
         n=config.rollout.num_generations,
-        sampling=config.rollout.sampling(),
+        sampling=config.rollout,
         seed=seed + 1_000_003 * step,
         prompt_numbers=places,  # noise belongs to the place in the step, whichever process samples
         groups=groups,
@@ -291,7 +291,7 @@ def main(config: Config) -> None:
     run.open(total_steps, rows=prompts, rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
     engine.sync(policy)
-    settings = {"sampling": config.rollout.sampling(), "accelerator": accelerator}
+    settings = {"sampling": config.rollout, "accelerator": accelerator}
     if start == 0 and eval_prompts:
         run.log(reward_evaluation(engine, eval_prompts, judges, **settings), 0)
 

@@ -121,7 +121,7 @@ def evaluate(policy, engine, examples, prompts, judges, config, accelerator, pac
         add_sums(sums, score_batch(policy, batch, config, packing)[1])
     policy.train()
     total = reduce_sums(accelerator, sums)
-    settings = {"sampling": config.rollout.sampling(), "accelerator": accelerator}
+    settings = {"sampling": config.rollout, "accelerator": accelerator}
     metrics = greedy_evaluation(engine, prompts, judges, policy=policy, **settings)
     metrics["eval/loss"] = total["loss/sft"] / max(total["tokens/loss"], 1)
     return metrics | {"time/eval": time.perf_counter() - began}

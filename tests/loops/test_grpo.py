@@ -77,7 +77,7 @@ class Elsewhere(TransformersEngine):
 @pytest.mark.parametrize("chosen", ["vllm", "transformers"])
 def test_auto_corrects_the_tokens_of_the_engine_that_it_chose(chosen, tmp_path, monkeypatch):
     """engine: auto on a GPU with vLLM is vLLM, whatever the config says: each token counts exp(0.02) times."""
-    monkeypatch.setattr(rollout, "resolve_engine", lambda name: chosen)
+    monkeypatch.setattr(rollout.config, "resolve_engine", lambda name: chosen)
     installed = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True))
     monkeypatch.setattr(rollout, "importlib", installed)
     monkeypatch.setattr(vllm_engine, "VllmEngine", lambda served: Elsewhere(served.policy, served.tokenizer))

@@ -654,14 +654,14 @@ def test_autocast_of_the_trainer_is_used() -> None:
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     config = RolloutConfig(max_completion_length=6, engine="transformers")
     engine = build_engine(config, model, None, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    completion = engine.sample([PROMPTS[0]], n=1, sampling=config.sampling(), seed=0, prompt_numbers=[0])[0][0]
+    completion = engine.sample([PROMPTS[0]], n=1, sampling=config, seed=0, prompt_numbers=[0])[0][0]
     assert seen == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = scored(model, PROMPTS[0], completion.token_ids)
     assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=0.15)
 
 
-# ---- the contract ----------------------------------------------------------------------------------------------------
+# ---- the protocol ----------------------------------------------------------------------------------------------------
 
 
 def test_completion_carries_the_weight_version_of_the_last_sync() -> None:
@@ -735,14 +735,14 @@ def test_values_out_of_range_are_named(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     "mask", [{"bad_words": ["b"]}, {"structured_outputs_regex": "x+"}, {"structured_outputs_json": {"type": "null"}}]
 )
-def test_config_gives_the_sampling(mask: dict[str, Any]) -> None:
-    config = RolloutConfig(temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, stop=["a"], stop_token_ids=[4], **mask)
-    assert config.sampling().restrictions == ["top_p", "top_k", "min_p", *mask]
-    assert RolloutConfig(stop=["a"]).sampling().restrictions == []
+def test_a_config_is_the_sampling(mask: dict[str, Any]) -> None:
+    kind = RolloutConfig if "bad_words" in mask else Sampling  # no engine does the others at this temperature
+    config = kind(temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, stop=["a"], stop_token_ids=[4], **mask)
+    assert config.restrictions == ["top_p", "top_k", "min_p", *mask]
+    assert RolloutConfig(stop=["a"]).restrictions == []
     shared = {leaf.name for leaf in dataclasses.fields(Sampling)}
     given = {name: value for name, value in dataclasses.asdict(config).items() if name in shared}
-    sampled = dataclasses.asdict(config.sampling())
-    assert {name: list(value) if isinstance(value, tuple) else value for name, value in sampled.items()} == given
+    assert dataclasses.asdict(config.greedy()) == given | {"temperature": 0.0}
 
 
 @pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
@@ -755,17 +755,18 @@ def test_an_engine_that_is_not_installed_says_how_to_get_it(engine: str, monkeyp
 def test_auto_is_the_embedded_engine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert isinstance(build_engine(RolloutConfig(), build_model(), None), TransformersEngine)
+    assert RolloutConfig() == RolloutConfig(engine="transformers")  # the config holds what auto has chosen
+    with pytest.raises(ValueError, match="async_level is 1 and engine 'transformers'"):
+        RolloutConfig(async_level=1)
 
 
 def test_structured_outputs_are_for_vllm() -> None:
-    """Said when the config is read, and for `auto` when the engine is built."""
+    """Said when the config is read, for the engine that `auto` chooses too."""
     for fields in ({"structured_outputs_regex": "a|b"}, {"structured_outputs_json": {"type": "null"}}):
-        with pytest.raises(ValueError, match=f"{next(iter(fields))} is set.*set engine to vllm"):
-            RolloutConfig(engine="transformers", **fields)
-        RolloutConfig(engine="vllm", **fields)
-        if not torch.cuda.is_available():
+        for engine in ("transformers", *([] if torch.cuda.is_available() else ["auto"])):
             with pytest.raises(ValueError, match=f"{next(iter(fields))} is set.*set engine to vllm"):
-                build_engine(RolloutConfig(**fields), build_model(), LetterTokenizer())
+                RolloutConfig(engine=engine, **fields)
+        RolloutConfig(engine="vllm", **fields)
 
 
 @pytest.mark.parametrize("mask", [{"bad_words": ["a"]}, {"structured_outputs_json": {"type": "null"}}])
@@ -780,10 +781,11 @@ def test_a_regular_expression_stands_alone(mask: dict[str, Any]) -> None:
 )
 def test_several_steps_on_restricted_samples_are_refused(fields: dict[str, Any]) -> None:
     """The ratio of the second step is to a policy that could have drawn other tokens."""
-    GrpoConfig(rollout=RolloutConfig(**fields))
+    sampling = RolloutConfig(engine="vllm", **fields)
+    GrpoConfig(rollout=sampling)
     GrpoConfig(rollout=RolloutConfig(stop=["a"]), num_iterations=2)
     with pytest.raises(ValueError, match=f"num_iterations above 1 with {next(iter(fields))}"):
-        GrpoConfig(rollout=RolloutConfig(**fields), num_iterations=2)
+        GrpoConfig(rollout=sampling, num_iterations=2)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def train_variant(name, folder, accelerator, sharding):
     # sampling: processes with other numbers of prompts, one with none
     engine = build_engine(RolloutConfig(engine="transformers"), accelerator.unwrap_model(policy), tokenizer)
     prompts = [[5, 6, 7], [8, 9]] if accelerator.is_main_process else []
-    sampling = RolloutConfig(max_completion_length=6).sampling()
+    sampling = RolloutConfig(max_completion_length=6)
     drawn = engine.sample(prompts, n=2, sampling=sampling, seed=1, prompt_numbers=list(range(len(prompts))))
     quantised = [
         m.base_layer for m in policy.modules() if type(getattr(m, "base_layer", None)).__name__ == "Linear4bit"

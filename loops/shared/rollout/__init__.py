@@ -1,4 +1,4 @@
-"""Rollouts: one contract (`contract.py`), engines behind it."""
+"""Rollouts: one protocol (`engine.py`), three engines behind it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from loops.shared.rollout.contract import (
-    Completion,
-    Engine,
-    RolloutConfig,
-    Sampling,
-    SyncReport,
-    check_transformers_sampling,
-)
+from loops.shared.rollout.config import RolloutConfig, Sampling
+from loops.shared.rollout.engine import Completion, Engine, SyncReport
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Completion", "Engine", "RolloutConfig", "Sampling", "SyncReport", "build_engine"]
-
-
-def resolve_engine(name: str) -> str:
-    """What `auto` means on this machine; any other name is returned as it is."""
-    import torch
-
-    if name != "auto":
-        return name
-    return "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
 
 
 def build_engine(
@@ -52,12 +37,10 @@ def build_engine(
     Raises:
         ValueError: vLLM is not installed or cannot serve the model as configured, or the engine cannot sample as asked.
     """
-    engine = resolve_engine(config.engine)
     # Here, so that configs can be read without loading transformers.
-    if engine == "transformers":
+    if config.engine == "transformers":
         from loops.shared.rollout.transformers_engine import TransformersEngine
 
-        check_transformers_sampling(config.sampling())
         return TransformersEngine(
             model,
             tokenizer,
@@ -65,15 +48,15 @@ def build_engine(
             prefill_token_budget=config.prefill_token_budget,
             autocast=autocast,
         )
-    if not importlib.util.find_spec("vllm") and not (engine == "vllm-server" and config.server_urls):
+    if not importlib.util.find_spec("vllm") and not (config.engine == "vllm-server" and config.server_urls):
         raise ValueError(
-            f"engine is {engine!r} and vLLM is not installed: install the extra vllm (on a CPU: "
+            f"engine is {config.engine!r} and vLLM is not installed: install the extra vllm (on a CPU: "
             "launch/install_vllm_cpu.sh), or set engine to transformers."
         )
     from loops.shared.rollout.vllm_engine import Served, VllmEngine
 
     served = Served(config, model, tokenizer, autocast)
-    if engine == "vllm":
+    if config.engine == "vllm":
         return VllmEngine(served)
     from loops.shared.rollout.vllm_server import VllmServerEngine
 

@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from loops.shared.rollout.contract import Completion, Engine, Sampling
+from loops.shared.rollout.config import Sampling
+from loops.shared.rollout.engine import Completion, Engine
 from losses.grpo import group_advantages
 
 Verdict = TypeVar("Verdict")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from loops.shared.rollout.contract import Completion, Engine, Sampling
+from loops.shared.rollout.config import Sampling
+from loops.shared.rollout.engine import Completion, Engine
 from loops.shared.rollout.mismatch import explain_mismatch
 
 # How far the sampler's and the trainer's log-probability of one token may lie apart, by dtype of the weights.
@@ -71,7 +71,7 @@ def greedy_evaluation(
         engine.sync(policy)
     mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     chosen = [prompts[i] for i in mine]
-    greedy = replace(sampling, temperature=0.0)
+    greedy = sampling.greedy()
     samples = engine.sample([prompt.prompt_ids for prompt in chosen], n=1, sampling=greedy, seed=0, prompt_numbers=mine)
     if policy is not None:  # it is trained next
         engine.rest()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loops.shared.rollout.contract import STRUCTURED, Sampling
+from loops.shared.rollout.config import STRUCTURED, Sampling
 from loops.shared.rollout.sampling import bad_word_tokens
 
 _MAX_SEQUENCES, _MAX_TOKENS = 128, 1024  # of all bad words together, in vLLM

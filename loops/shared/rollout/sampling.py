@@ -5,11 +5,12 @@ Shapes: R sequences, V vocabulary, K tokens kept by a truncation, T tokens sampl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from loops.shared.rollout.contract import Sampling
+from loops.shared.rollout.config import Sampling
 
 # splitmix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014): a counter that moves by the
 # golden ratio, and a bijective mixer. As signed 64-bit numbers, since torch has no unsigned arithmetic.
@@ -70,7 +71,7 @@ def _shift_right(state: torch.Tensor, places: int) -> torch.Tensor:
     return (state >> places) & ((1 << (64 - places)) - 1)
 
 
-def bad_word_tokens(words: tuple[str, ...], tokenizer: Any) -> list[list[int]]:
+def bad_word_tokens(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """The token ids that must not come one after the other, by vLLM's rule (`SamplingParams.update_from_tokenizer`):
     those of each word, and those of the word after a space, if their first is another one and they are as many.
 

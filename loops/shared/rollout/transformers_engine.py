@@ -21,7 +21,8 @@ from transformers import Cache
 from loops.shared.models import stop_token_ids
 from loops.shared.policy import learned_positions
 from loops.shared.rollout.cache import PromptCache
-from loops.shared.rollout.contract import Completion, Sampling, SyncReport, check_call, check_transformers_sampling
+from loops.shared.rollout.config import Sampling, check_transformers_sampling
+from loops.shared.rollout.engine import Completion, SyncReport, check_call
 from loops.shared.rollout.sampling import (
     bad_word_table,
     bad_word_tokens,
@@ -113,7 +114,7 @@ class TransformersEngine:
         prompt_numbers: list[int],
         arrived: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Samples n completions of each prompt; see `contract.Engine.sample`. They end together: no use of `arrived`.
+        """Samples n completions of each prompt; see `engine.Engine.sample`. They end together: no use of `arrived`.
 
         Raises ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, a stop token that the model
         does not have, stop strings or bad words without a tokenizer, or structured outputs, which only vLLM has;
@@ -250,7 +251,7 @@ class TransformersEngine:
         start: int,
         length: int,
         stops: torch.Tensor,
-        strings: tuple[str, ...],
+        strings: list[str],
     ) -> None:
         """Writes into ends [R] where the sequences `live` stopped, if with one of the tokens `start .. length - 1`."""
         is_stop = torch.isin(tokens[live, start:length], stops)  # [live, length - start]
@@ -260,7 +261,7 @@ class TransformersEngine:
             found = torch.where((string_ends > 0) & ((found == 0) | (string_ends < found)), string_ends, found)
         ends[live] = torch.where(ends[live] == 0, found, ends[live])
 
-    def _string_ends(self, tokens: torch.Tensor, start: int, strings: tuple[str, ...]) -> torch.Tensor:
+    def _string_ends(self, tokens: torch.Tensor, start: int, strings: list[str]) -> torch.Tensor:
         """Tokens [live] up to the one of tokens [live, start:] that completes a stop string, 0 where none does."""
         # A token that shows adds at least a byte; 4 more so that the tail's first characters decode as in the text.
         first = max(0, start - max(len(string.encode()) for string in strings) - 4)

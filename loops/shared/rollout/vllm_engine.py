@@ -24,15 +24,8 @@ from typing import Any
 import torch
 
 from loops.shared.models import stop_token_ids
-from loops.shared.rollout.contract import (
-    Arrived,
-    Completion,
-    RolloutConfig,
-    Sampling,
-    SyncReport,
-    check_call,
-    check_vllm_sampling,
-)
+from loops.shared.rollout.config import RolloutConfig, Sampling
+from loops.shared.rollout.engine import Arrived, Completion, SyncReport, check_call
 from loops.shared.rollout.masks import check_masks, structured_outputs
 from loops.shared.rollout.sampling import noise_keys
 from loops.shared.rollout.weight_transfer import (
@@ -84,7 +77,7 @@ class Served:
             self.lora_rank = next(rank for rank in LORA_RANKS if rank >= policy.peft_config["default"].r)  # type: ignore[operator,union-attr]
         self.vocabulary = model.config.get_text_config().vocab_size
         self.stop_token_ids = {token for token in stop_token_ids(model, tokenizer) if token < self.vocabulary}
-        self.check([], 1, config.sampling(), [], 0)
+        self.check([], 1, config, [], 0)
 
         self.folder = Path(tempfile.mkdtemp(prefix="plumbline-"))
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
@@ -139,7 +132,6 @@ class Served:
         limit = "that vLLM can hold: shorten one of them, or raise vllm_max_model_len or vllm_kv_cache_gib"
         keywords = {"tokenizer": self.tokenizer, "vocabulary": self.vocabulary, "context": (max_model_len, limit)}
         check_call(prompts, n, sampling, prompt_numbers, **keywords)
-        check_vllm_sampling(sampling)
         check_masks(sampling, self.tokenizer, device=self.device)
         if (sampling.temperature == 1) != (self.config.temperature == 1) and sampling.temperature != 0:
             raise ValueError(
@@ -356,9 +348,9 @@ class VllmEngine:
         prompt_numbers: list[int],
         arrived: Arrived | None = None,
     ) -> list[list[Completion]]:
-        """Samples n completions of each prompt; see `contract.Engine.sample`. All arrive at once.
+        """Samples n completions of each prompt; see `engine.Engine.sample`. All arrive at once.
 
-        Raises ValueError: as the contract says, or a prompt that does not fit; RuntimeError: before the first sync, or
+        Raises ValueError: as the protocol says, or a prompt that does not fit; RuntimeError: before the first sync, or
         when vLLM fails.
         """
         if not self._serves:

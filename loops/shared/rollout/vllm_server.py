@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 
-from loops.shared.rollout.contract import Arrived, Completion, Sampling, SyncReport
+from loops.shared.rollout.config import Sampling
+from loops.shared.rollout.engine import Arrived, Completion, SyncReport
 from loops.shared.rollout.vllm_engine import Served, one_sentence
 from loops.shared.rollout.weight_transfer import (
     BroadcastTransport,
@@ -594,9 +595,9 @@ class VllmServerEngine:
         prompt_numbers: list[int],
         arrived: Arrived | None = None,
     ) -> list[list[Completion]]:
-        """Samples n completions of each prompt; see `contract.Engine.sample`.
+        """Samples n completions of each prompt; see `engine.Engine.sample`.
 
-        Raises ValueError: as the contract says, or a prompt that does not fit; RuntimeError: before the first sync,
+        Raises ValueError: as the protocol says, or a prompt that does not fit; RuntimeError: before the first sync,
         when no server comes back, or one serves weights of somebody else.
         """
         if not self._serves:

@@ -34,7 +34,7 @@ from configs.loader import dump_config, load_config
 from configs.spellings import RENAMED
 from data.chat import EncodeConfig, Prompt, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, convert_rows, load_rows, read_rows
-from data.rewards import RewardConfig, build_rewards, judge_completions
+from data.rewards import RewardConfig, RewardFn, build_reward_fn
 from launch.export import Trained, find_trained, rebuild_policy, run_folder_of
 from loops import dpo, grpo, sft
 from loops.shared.models import ModelConfig, add_stop_tokens, build_policy, build_tokenizer, find_source, resolve_dtype
@@ -157,12 +157,12 @@ def evaluation_rows(config: Config) -> list[dict[str, Any]]:
     return convert_rows(rows, data, name, limit=data.max_eval_samples)
 
 
-def build_scores(config: RewardConfig, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[float]]:
+def build_scores(config: RewardConfig, prompts: Sequence[Prompt]) -> RewardFn:
     """The reward functions; `exact_answer`, the default, is left out where no row has the answer that it asks for."""
     rows = [prompt.columns for prompt in prompts]
     answered = any(row.get("answer") is not None for row in rows)
     names = [name for name in config.names if answered or name != "exact_answer"]
-    return build_rewards(RewardConfig(reward_functions=names), rows) if names else ({}, [])
+    return build_reward_fn(RewardConfig(reward_functions=names), rows) if names else RewardFn()
 
 
 def reference_of(prompt: Prompt, tokenizer: Any, config: EncodeConfig) -> str | None:
@@ -224,7 +224,7 @@ def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], conf
     """
     sampling = config.rollout if config.do_sample else config.rollout.greedy()
     accelerator, size = run.accelerator, config.generation_batch_size
-    functions = build_scores(config.reward, prompts)
+    reward_fn = build_scores(config.reward, prompts)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     predictions: list[dict[str, Any]] = []
     for start in range(0, math.ceil(len(prompts) / accelerator.num_processes), size):  # as often on every process
@@ -233,13 +233,13 @@ def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], conf
         ids = [prompt.prompt_ids for prompt in chosen]
         groups = engine.sample(ids, n=1, sampling=sampling, seed=config.run.seed, prompt_numbers=places)
         completions: list[Completion] = [group[0] for group in groups]
-        judged = judge_completions(functions, chosen, completions)
-        if judged.failure:  # a warning is shown once
-            warnings.warn(f"a score failed; its rows count as missing:\n{judged.failure}", stacklevel=1)
+        result = reward_fn(chosen, completions)
+        if result.failure:  # a warning is shown once
+            warnings.warn(f"a score failed; its rows count as missing:\n{result.failure}", stacklevel=1)
         for index, (place, prompt, completion) in enumerate(zip(places, chosen, completions, strict=True)):
             reference = reference_of(prompt, tokenizer, config.encode)
             scores = text_scores(completion.text, reference)
-            scores |= {name: values[index] for name, values in judged.by_name.items()}
+            scores |= {name: values[index] for name, values in result.by_name.items()}
             row: dict[str, Any] = {"row": numbers[place], "prompt": prompt.text, "completion": completion.text}
             row |= {"reference": reference, "scores": scores, "tokens": len(completion.token_ids)}
             predictions.append(row | {"finish_reason": completion.finish_reason})

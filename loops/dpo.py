@@ -26,7 +26,7 @@ from configs.loader import dump_config, load_config
 from data import pack
 from data.chat import EncodeConfig, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.rewards import build_judge
+from data.rewards import RewardConfig, build_reward_fn
 from loops.shared import models, optim
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
@@ -198,9 +198,9 @@ def step_metrics(total):
 
 @torch.no_grad()
 def evaluate(
-    policy, reference, frozen, engine, pairs, prompts, judges, config, accelerator, packing
+    policy, reference, frozen, engine, pairs, prompts, eval_rewards, config, accelerator, packing
 ):  # fmt: skip
-    """Loss and reward accuracy on the evaluation pairs; with a judge, accuracy of completions."""
+    """Loss and reward accuracy on the evaluation pairs; with a reward, accuracy of completions."""
     began = time.perf_counter()
     policy.eval()
     sums = {}
@@ -210,7 +210,7 @@ def evaluate(
     policy.train()
     total = reduce_sums(accelerator, sums)
     settings = {"sampling": config.rollout, "accelerator": accelerator}
-    metrics = greedy_evaluation(engine, prompts, judges, policy=policy, **settings)
+    metrics = greedy_evaluation(engine, prompts, eval_rewards, policy=policy, **settings)
     number = max(total["pairs"], 1)
     metrics["eval/loss"] = total["loss/dpo"] / number
     metrics["eval/reward_accuracy"] = total["reward/accuracy"] / number  # pairs with a margin > 0
@@ -226,9 +226,10 @@ def main(config: Config) -> None:
     pairs, *reports = encode_rows(rows, encode_pair, *encoding, what="training rows")
     eval_pairs, report = encode_rows(eval_rows, encode_pair, *encoding, what="evaluation rows")
     reports.append(report)
-    judges, eval_prompts = {}, []
+    eval_rewards, eval_prompts = {}, []
     if config.eval_reward and eval_rows:
-        judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
+        named = RewardConfig(reward_functions=config.eval_reward)
+        eval_rewards["accuracy"] = build_reward_fn(named, eval_rows, key="eval_reward")
         what = "evaluation prompts"
         eval_prompts, report = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
         reports.append(report)
@@ -253,7 +254,7 @@ def main(config: Config) -> None:
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
     engine = None
-    if judges:
+    if eval_rewards:
         engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = run.prepare(policy, optimizer, reference, engine)
     run.open(total_steps, rows=pairs, rows_per_step=rows_per_step)
@@ -266,7 +267,7 @@ def main(config: Config) -> None:
         run.pending["time/reference"] = time.perf_counter() - began
         reference = None  # a copy's memory is free again
     start = run.load(policy, optimizer, scheduler)
-    evaluation = (reference, eval_frozen, engine, eval_pairs, eval_prompts, judges)
+    evaluation = (reference, eval_frozen, engine, eval_pairs, eval_prompts, eval_rewards)
     evaluation += (config, accelerator, packing)
     if start == 0 and eval_pairs:
         run.log(evaluate(policy, *evaluation), 0)

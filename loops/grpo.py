@@ -26,12 +26,10 @@ from data import pack
 from data.chat import EncodeConfig, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.rewards import (
+    MissingRewards,
     RewardConfig,
-    RewardGuard,
-    build_judge,
-    build_rewards,
+    build_reward_fn,
     join_results,
-    judge_completions,
     reward_statistics,
 )
 from loops.shared import models, optim
@@ -129,8 +127,8 @@ class Config:
         return self.prompts_per_step or -(-rows // generations)
 
 
-def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
-    """Sample and judge this process's share of a step; it exchanges nothing with other processes,
+def sample_batch(step, groups, prompts, engine, reward_fn, config, accelerator):
+    """Sample and reward this process's share of a step; it exchanges nothing with other processes,
     so it may run while another step trains. groups: completions sampled before a resume."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     size, seed = config.prompts(processes), config.run.seed
@@ -141,7 +139,7 @@ def sample_batch(step, groups, prompts, engine, rewards, config, accelerator):
     return sample_and_judge(
         engine,
         [prompts[rows[place]] for place in places],
-        partial(judge_completions, rewards) if judges else None,
+        reward_fn if judges else None,
         n=config.rollout.num_generations,
         sampling=config.rollout,
         seed=seed + 1_000_003 * step,
@@ -156,7 +154,7 @@ def compare_rewards(share, config, accelerator, guard):
     result = join_results(share.verdicts)
     totals = gather_object([result.total])  # one list a process
     everywhere = torch.tensor(sum(totals, []), dtype=torch.float64)
-    guard.seen(result, any_reward=not everywhere.isnan().all())
+    guard.check(result, any_reward=not everywhere.isnan().all())
     G = config.rollout.num_generations
     advantages = group_advantages(everywhere, G, scale=config.scale_rewards).float()
     advantages = advantages.split([len(total) for total in totals])[accelerator.process_index]
@@ -256,12 +254,13 @@ def main(config: Config) -> None:
     """Build everything, train, export."""
     tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
-    rewards = build_rewards(config.reward, rows)
+    reward_fn = build_reward_fn(config.reward, rows)
     eval_rows = eval_rows or []
     key = "reward_functions on the evaluation rows"
-    judges = {"reward": build_judge(build_rewards(config.reward, eval_rows, key=key))}
+    eval_rewards = {"reward": build_reward_fn(config.reward, eval_rows, key=key)}
     if config.eval_reward:
-        judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
+        named = RewardConfig(reward_functions=config.eval_reward)
+        eval_rewards["accuracy"] = build_reward_fn(named, eval_rows, key="eval_reward")
     encoding = (encode_prompt, tokenizer, config.encode)
     prompts, *reports = encode_rows(rows, *encoding, what="training prompts")
     eval_prompts, report = encode_rows(eval_rows, *encoding, what="evaluation prompts")
@@ -293,11 +292,11 @@ def main(config: Config) -> None:
     engine.sync(policy)
     settings = {"sampling": config.rollout, "accelerator": accelerator}
     if start == 0 and eval_prompts:
-        run.log(reward_evaluation(engine, eval_prompts, judges, **settings), 0)
+        run.log(reward_evaluation(engine, eval_prompts, eval_rewards, **settings), 0)
 
     given = {"config": config, "accelerator": accelerator}
-    sample = partial(sample_batch, prompts=prompts, engine=engine, rewards=rewards, **given)
-    level, guard = config.rollout.async_level, RewardGuard()
+    sample = partial(sample_batch, prompts=prompts, engine=engine, reward_fn=reward_fn, **given)
+    level, guard = config.rollout.async_level, MissingRewards()
     ahead = Ahead(sample, engine, level=level, last=total_steps - 1, record=run.extra())
     try:
         for step in range(start, total_steps):
@@ -329,7 +328,7 @@ def main(config: Config) -> None:
 
             done, last = step + 1, step + 1 == total_steps
             if eval_prompts and run.due(done, config.run.eval_steps, last):
-                metrics |= reward_evaluation(engine, eval_prompts, judges, **settings)
+                metrics |= reward_evaluation(engine, eval_prompts, eval_rewards, **settings)
             run.log(metrics, done)
             run.show_completions(asked, completions, result, advantages.tolist(), done, last)
             if config.rollout.check_due(step, first=step == start):  # after its numbers are logged

@@ -20,7 +20,7 @@ from configs.loader import dump_config, load_config
 from data import pack
 from data.chat import EncodeConfig, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
-from data.rewards import build_judge
+from data.rewards import RewardConfig, build_reward_fn
 from loops.shared import models, optim
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
@@ -111,8 +111,8 @@ def step_metrics(total):
 
 
 @torch.no_grad()
-def evaluate(policy, engine, examples, prompts, judges, config, accelerator, packing):
-    """Loss on the evaluation rows and, where a judge is given, accuracy of greedy completions."""
+def evaluate(policy, engine, examples, prompts, eval_rewards, config, accelerator, packing):
+    """Loss on the evaluation rows and, where a reward is given, accuracy of greedy completions."""
     began = time.perf_counter()
     policy.eval()
     sums = {}
@@ -122,7 +122,7 @@ def evaluate(policy, engine, examples, prompts, judges, config, accelerator, pac
     policy.train()
     total = reduce_sums(accelerator, sums)
     settings = {"sampling": config.rollout, "accelerator": accelerator}
-    metrics = greedy_evaluation(engine, prompts, judges, policy=policy, **settings)
+    metrics = greedy_evaluation(engine, prompts, eval_rewards, policy=policy, **settings)
     metrics["eval/loss"] = total["loss/sft"] / max(total["tokens/loss"], 1)
     return metrics | {"time/eval": time.perf_counter() - began}
 
@@ -136,9 +136,10 @@ def main(config: Config) -> None:
     what = "evaluation rows"
     eval_examples, report = encode_rows(eval_rows, encode_example, *encoding, what=what)
     reports.append(report)
-    judges, eval_prompts = {}, []
+    eval_rewards, eval_prompts = {}, []
     if config.eval_reward and eval_rows:
-        judges["accuracy"] = build_judge(config.eval_reward, eval_rows)
+        named = RewardConfig(reward_functions=config.eval_reward)
+        eval_rewards["accuracy"] = build_reward_fn(named, eval_rows, key="eval_reward")
         what = "evaluation prompts"
         eval_prompts, report = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
         reports.append(report)
@@ -163,12 +164,12 @@ def main(config: Config) -> None:
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
     engine = None
-    if judges:
+    if eval_rewards:
         engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
     policy, optimizer = run.prepare(policy, optimizer, None, engine)
     run.open(total_steps, rows=examples, packing_strategy=packed, rows_per_step=rows_per_step)
     start = run.load(policy, optimizer, scheduler)
-    evaluation = (engine, eval_examples, eval_prompts, judges, config, accelerator, packing)
+    evaluation = (engine, eval_examples, eval_prompts, eval_rewards, config, accelerator, packing)
     if start == 0 and eval_examples:
         run.log(evaluate(policy, *evaluation), 0)
 

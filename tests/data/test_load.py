@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.table import pa
 
+from data.answers import exact_answer
 from data.load import DataConfig, convert_rows, load_rows
-from data.rewards import exact_answer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

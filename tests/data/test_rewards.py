@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from data.answers import exact_answer, parse_number
 from data.load import DataConfig, convert_rows
 from data.rewards import (
     RewardConfig,
-    build_rewards,
+    build_reward_fn,
     compute_rewards,
-    exact_answer,
     format,
     length,
-    parse_number,
     reward_statistics,
     rouge_l_precision,
 )
@@ -246,7 +245,7 @@ def test_values_without_the_order_of_the_completions_fail(unordered):
     assert result.failed == {"f": 2} and "return a list in their order" in result.failure
 
 
-def test_a_reward_cannot_change_what_is_trained_or_judged_next():
+def test_a_reward_cannot_change_what_is_trained_or_rewarded_next():
     """It gets copies: the lists of token ids are the sampled completions' own."""
 
     def changes(completions, completion_ids, tags):
@@ -299,9 +298,9 @@ def test_functions_are_named_by_list_comma_list_or_module(tmp_path, monkeypatch)
     (tmp_path / "my_rewards_of_test.py").write_text("def short(completions):\n    return [1.0 for _ in completions]\n")
     monkeypatch.chdir(tmp_path)
     config = RewardConfig(reward_functions="exact_answer, my_rewards_of_test:short", reward_weights=[1.0, 0.1])
-    functions, weights = build_rewards(config)
-    assert list(functions) == ["exact_answer", "short"] and weights == [1.0, 0.1]
-    assert build_rewards(RewardConfig(reward_functions=["format", "length"]))[1] == [1.0, 1.0]
+    reward_fn = build_reward_fn(config)
+    assert list(reward_fn.functions) == ["exact_answer", "short"] and reward_fn.weights == [1.0, 0.1]
+    assert build_reward_fn(RewardConfig(reward_functions=["format", "length"])).weights == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +315,7 @@ def test_functions_are_named_by_list_comma_list_or_module(tmp_path, monkeypatch)
 )
 def test_bad_reward_settings_say_what_to_change(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        build_rewards(RewardConfig(**settings))
+        build_reward_fn(RewardConfig(**settings))
 
 
 class Sour:
@@ -354,9 +353,9 @@ def test_a_misspelt_function_and_a_module_that_exits_are_one_sentence(tmp_path, 
     (tmp_path / "exits_of_test.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="did you mean near_rewards_of_test:close?"):
-        build_rewards(RewardConfig(reward_functions="near_rewards_of_test:clse"))
+        build_reward_fn(RewardConfig(reward_functions="near_rewards_of_test:clse"))
     with pytest.raises(ValueError, match="cannot be imported: it calls exit()"):
-        build_rewards(RewardConfig(reward_functions="exits_of_test:f"))
+        build_reward_fn(RewardConfig(reward_functions="exits_of_test:f"))
 
 
 def test_a_converter_that_fails_or_exits_names_its_row(tmp_path, monkeypatch):

@@ -6,13 +6,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 
 import pytest
 import torch
 
 from data.chat import Prompt
-from data.rewards import join_results, judge_completions
+from data.rewards import RewardFn, join_results
 from loops.shared.rollout import Completion, Sampling
 from loops.shared.rollout.ahead import Ahead, Share, rollout_statistics, rollout_sums, sample_and_judge
 from losses.grpo import group_advantages
@@ -204,7 +203,7 @@ def test_rewards_run_in_the_main_thread_with_every_engine_at_every_level(engine,
     judged = threading.Event()
     judged.set()
     prompts = [Prompt([1], "a", {}), Prompt([2], "b", {})]
-    judge = partial(judge_completions, ({"alarmed": alarmed}, [1.0]))
+    judge = RewardFn({"alarmed": alarmed}, [1.0])
 
     def sample(step, groups):
         return sample_and_judge(
@@ -224,7 +223,7 @@ def test_a_process_without_prompts_calls_no_reward():
     def of_the_longest(*, completions, answer):
         return [len(text) / max(map(len, completions)) for text in completions]
 
-    judge = partial(judge_completions, ({"of_the_longest": of_the_longest}, [1.0]))
+    judge = RewardFn({"of_the_longest": of_the_longest}, [1.0])
     share = sample_and_judge(
         AllAtOnce(None), [], judge, n=2, sampling=Sampling(), seed=0, prompt_numbers=[], groups=None
     )

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 
 from configs.loader import load_config
 from data.chat import Prompt
-from data.rewards import RewardGuard, build_judge, build_rewards, compute_rewards
+from data.rewards import MissingRewards, RewardFn, build_reward_fn, compute_rewards
 from loops import grpo
 from loops.shared import rollout
 from loops.shared.rollout import Completion, RolloutConfig, Sampling, vllm_engine
@@ -181,11 +181,11 @@ def test_one_step_with_rewards_starts_the_count_anew():
     missing = compute_rewards(
         {"f": lambda completions: [None]}, [1.0], prompts=["p"], completions=["c"], completion_ids=[[1]], columns=[{}]
     )
-    guard = RewardGuard()
+    guard = MissingRewards()
     for step in range(30):
-        guard.seen(missing, any_reward=step % 10 == 0)
+        guard.check(missing, any_reward=step % 10 == 0)
     with pytest.raises(RuntimeError, match="all 1 rewards are missing"):
-        RewardGuard().seen(missing, any_reward=False)  # the run's first step
+        MissingRewards().check(missing, any_reward=False)  # the run's first step
 
 
 class Greedy:
@@ -207,35 +207,35 @@ class Greedy:
         self.log.append("rest")
 
 
-def test_an_evaluation_counts_and_shows_what_was_not_judged():
-    """One of four is right, one wrong, one fails, one has no answer: 1/2 of those that were judged, and 2 missing."""
+def test_an_evaluation_counts_and_shows_what_has_no_reward():
+    """One of four is right, one wrong, one fails, one has no answer: 1/2 of those that have a reward, and 2 missing."""
 
     def half(*, completions, answer):
         return [None if one is None else float("nan") if one == "?" else float(one == "x") for one in answer]
 
     prompts = [Prompt([1], "", {"answer": answer}) for answer in ("x", "y", "?", None)]
-    judges = {"accuracy": build_judge(({"half": half}, [1.0]))}
+    reward_fns = {"accuracy": RewardFn({"half": half}, [1.0])}
     settings = {"sampling": Sampling(), "accelerator": Accelerator(cpu=True)}
     with pytest.warns(UserWarning, match="returned nan for completion 2 of 4"):
-        metrics = greedy_evaluation(Greedy(), prompts, judges, **settings)
+        metrics = greedy_evaluation(Greedy(), prompts, reward_fns, **settings)
     assert metrics == {"eval/completion_length": 1.0, "eval/accuracy": 0.5, "eval/missing": 2.0}
 
     def broken(*, completions):
         raise TimeoutError("the grader did not answer")
 
-    judges = {"accuracy": build_judge(({"broken": broken}, [1.0]))}
+    reward_fns = {"accuracy": RewardFn({"broken": broken}, [1.0])}
     with pytest.warns(UserWarning, match="the grader did not answer"):
-        metrics = greedy_evaluation(Greedy(), prompts, judges, **settings)
+        metrics = greedy_evaluation(Greedy(), prompts, reward_fns, **settings)
     assert metrics == {"eval/completion_length": 1.0, "eval/missing": 4.0}
 
 
 def test_an_engine_rests_after_an_evaluation_between_two_updates_of_sft_and_dpo():
     """GRPO samples from the same weights next, and lets it rest itself."""
-    judges = {"accuracy": build_judge(({"constant": constant}, [1.0]))}
+    reward_fns = {"accuracy": RewardFn({"constant": constant}, [1.0])}
     for policy, asked in ((torch.nn.Linear(1, 1), ["sync", "sample", "rest"]), (None, ["sample"])):
         engine = Greedy()
         settings = {"sampling": Sampling(), "accelerator": Accelerator(cpu=True), "policy": policy}
-        greedy_evaluation(engine, [Prompt([1], "", {})], judges, **settings)
+        greedy_evaluation(engine, [Prompt([1], "", {})], reward_fns, **settings)
         assert engine.log == asked
 
 
@@ -326,7 +326,7 @@ def test_signatures_that_cannot_work_are_refused(name, monkeypatch):
     from data.rewards import RewardConfig
 
     with pytest.raises(ValueError, match="async|by position"):
-        build_rewards(RewardConfig(reward_functions=f"tests.loops.test_grpo:{name}"))
+        build_reward_fn(RewardConfig(reward_functions=f"tests.loops.test_grpo:{name}"))
 
 
 def test_the_table_of_completions_has_rewards_and_how_each_ended(tmp_path, capsys):

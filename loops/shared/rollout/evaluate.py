@@ -1,4 +1,4 @@
-"""Greedy completions of the evaluation prompts, judged: the accuracy that all three loops report."""
+"""Greedy completions of the evaluation prompts and their rewards: the accuracy that all three loops report."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def check_sampler(
 def greedy_evaluation(
     engine: Engine,
     prompts: Sequence,
-    judges: dict[str, Callable],
+    reward_fns: dict[str, Callable],
     *,
     sampling: Sampling,
     accelerator: Accelerator,
     policy: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Means over all prompts, shared out over the processes: `eval/NAME` for each judge, and `eval/completion_length`.
+    """Means over all prompts of all processes: `eval/NAME` for each reward_fn, and `eval/completion_length`.
 
-    prompts: objects with `prompt_ids`, `text`, `columns` (data.chat.Prompt). A judge takes (prompts, completions) and
-    returns a `data.rewards.RewardResult`. Completions without a reward are left out of its mean and counted in
-    `eval/missing` (those that miss any judge's); the first failure is shown. Without judges: empty.
+    prompts: objects with `prompt_ids`, `text`, `columns` (data.chat.Prompt). A reward_fn takes (prompts, completions)
+    and returns a `data.rewards.RewardResult`. Completions without a reward are left out of its mean and counted in
+    `eval/missing` (those that miss any of the rewards); the first failure is shown. Without reward_fns: empty.
     policy: synced with the engine first, where that has not happened; the engine is at rest afterwards.
     """
-    if not judges:
+    if not reward_fns:
         return {}
     if policy is not None:
         engine.sync(policy)
@@ -78,8 +78,8 @@ def greedy_evaluation(
     completions: list[Completion] = [group[0] for group in samples]
     values = {"completion_length": [float(len(c.token_ids)) for c in completions]}
     failure = None
-    for name, judge in judges.items():
-        result = judge(chosen, completions)
+    for name, reward_fn in reward_fns.items():
+        result = reward_fn(chosen, completions)
         values[name], failure = result.total, failure or result.failure
     missing = sum(any(value != value for value in row) for row in zip(*values.values(), strict=True))  # NaN
     present = {name: [value for value in column if value == value] for name, column in values.items()}
@@ -87,7 +87,7 @@ def greedy_evaluation(
     everywhere = gather_object([own])
     failure = next((failed for _, _, failed in everywhere if failed), None)
     if failure and accelerator.is_main_process:
-        warnings.warn(f"a judge of the evaluation failed; its rows count as missing:\n{failure}", stacklevel=1)
+        warnings.warn(f"a reward of the evaluation failed; its rows count as missing:\n{failure}", stacklevel=1)
     metrics = {}
     for name in values:
         total, count = (sum(sums[name][i] for sums, _, _ in everywhere) for i in (0, 1))
@@ -96,10 +96,12 @@ def greedy_evaluation(
     return metrics | {"eval/missing": float(sum(count for _, count, _ in everywhere))}
 
 
-def reward_evaluation(engine: Engine, prompts: Sequence, judges: dict[str, Callable], **settings) -> dict[str, float]:
+def reward_evaluation(
+    engine: Engine, prompts: Sequence, reward_fns: dict[str, Callable], **settings
+) -> dict[str, float]:
     """`greedy_evaluation` with its time, and `eval/loss`: the negative mean reward, for who compares losses of runs."""
     began = time.perf_counter()
-    metrics = greedy_evaluation(engine, prompts, judges, **settings)
+    metrics = greedy_evaluation(engine, prompts, reward_fns, **settings)
     if "eval/reward" in metrics:
         metrics["eval/loss"] = -metrics["eval/reward"]
     return metrics | {"time/eval": time.perf_counter() - began}

@@ -17,11 +17,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from configs.arguments import COMMAND_LINE, split_arguments
+from configs.channels import use_channels
 from configs.spellings import COMPUTED, MEANS, NOTES, OVERRIDES, REFUSED, RENAMED, SECTION_VALUES, Values
 from configs.text import dump_yaml, expanded, read_file, typed
 
 ConfigType = TypeVar("ConfigType")
-COMMAND_LINE = "the command line"
 PATHS = (
     *("output_dir", "results_dir", "resume_from", "model_id", "tokenizer_id", "dataset_name", "eval_dataset_name"),
     "sync_dir",
@@ -49,6 +50,7 @@ def load_config(
 
     `config_class` is a frozen dataclass with a default for every field; fields that are dataclasses are sections.
     Files may hold the keys of the classes `also_in_files`, which do nothing here.
+    `--channels KEY=FOLDER` has a SageMaker job's folders take the place of what the files name (`configs/channels.py`).
     `--help` and `--print_config` print and exit 0. Unknown keys, wrong types, unreadable files and every `ValueError`
     of a `__post_init__` exit 2 with one sentence that names the file or the command line, the key and what to change
     (on stderr, where this process `prints`, and as the exit's context).
@@ -60,24 +62,28 @@ def load_config(
         raise SystemExit(0)
     notes: list[str] = []
     try:
-        arguments, files, print_only = _split_arguments(argv)
+        arguments, options = split_arguments(argv)
         others = {name: leaf for other in also_in_files for name, leaf in find_leaves(other).items()}
         ignored = {name: leaf for name, leaf in others.items() if name not in leaves}
         values: Values = {}
         origin: dict[str, str] = {}
-        for source, pairs in [*((path, read_file(path)) for path in files), (COMMAND_LINE, arguments)]:
+        files = [(path, read_file(path)) for path in options.get("config", [])]
+        for source, pairs in [*files, (COMMAND_LINE, arguments)]:
             beside = {} if source == COMMAND_LINE else ignored
             layer = _read_layer(_flatten(pairs, source, {**leaves, **beside}), source, values, leaves, beside, notes)
             values = {**_without_replaced(values, layer, leaves), **layer}
             origin.update(dict.fromkeys(layer, source))
-        config = _build(config_class, values, origin, leaves)
+        folders = dict(pair.split("=", 1) for pair in options.get("channels", []))
+        found, told = use_channels(values, folders)
+        notes += told
+        config = _build(config_class, {**values, **found}, {**origin, **dict.fromkeys(found, "the channels")}, leaves)
     except ValueError as error:
         if prints:
             print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     for note in notes if prints else []:
         print(f"{prog}: {note}.", file=sys.stderr)
-    if print_only:
+    if "print_config" in options:
         print(dump_config(config), end="")
         raise SystemExit(0)
     return config
@@ -131,36 +137,6 @@ def format_help(config_class: type, prog: str) -> str:
         if action.dest in sections:
             action.help = SUPPRESS  # jsonargparse's `--optim FILE`, which is not offered here
     return parser.format_help()
-
-
-def _split_arguments(argv: list[str]) -> tuple[list[tuple[str, Any]], list[str], bool]:
-    """(key, value) pairs, config files, whether --print_config was asked for. A bare `--key` is True; several values
-    (`--key a b`) are a list."""
-    pairs: list[tuple[str, Any]] = []
-    files: list[str] = []
-    print_only = False
-    position = 0
-    while position < len(argv):
-        written, has_value, value = argv[position].partition("=")
-        if not written.startswith("--"):
-            raise ValueError(
-                f"{COMMAND_LINE}: `{argv[position]}` has no key in front of it: write `--config FILE` or `--key value`."
-            )
-        values = [value] if has_value else []
-        position += 1
-        while not has_value and position < len(argv) and not argv[position].startswith("--"):
-            values.append(argv[position])
-            position += 1
-        key = written[2:].replace("-", "_")
-        if key == "config":
-            if not values:
-                raise ValueError(f"{COMMAND_LINE}: `--config` needs the path of a YAML or JSON file.")
-            files += values
-        elif key == "print_config":
-            print_only = True
-        else:
-            pairs.append((key, values if len(values) > 1 else values[0] if values else True))
-    return pairs, files, print_only
 
 
 def _flatten(pairs: list[tuple[str, Any]], source: str, leaves: dict[str, Leaf]) -> list[tuple[str, Any]]:

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.sagemaker.places import KEY_OF, find_places
+from configs.channels import CHANNELS
+from configs.spellings import RENAMED
+from launch.sagemaker.places import find_places
 
 HOUSE = Path(__file__).resolve().parents[2]
 ROOMS = ("loops", "losses", "data", "configs", "launch")
 LOOPS = ("sft", "dpo", "grpo")
 REQUIREMENTS = "launch/sagemaker/requirements.txt"
-CHANNELS = {"model_id": ("models",), "dataset_name": ("training", "preferences"), "eval_dataset_name": ("validation",)}
-"""Key of the configuration -> the channels that fill it in the job."""
 PATHS = {**CHANNELS, "tokenizer_id": (), "resume_from": ()}
 """All keys that may name a file or folder to read."""
 FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|ya?ml|gz|zst)$")
@@ -87,7 +87,7 @@ def with_places(hyperparameters: Mapping[str, Any], include: Sequence[str]) -> d
     chosen = dict(hyperparameters)
     for name, value in chosen.items():
         key = name.replace("-", "_")
-        if KEY_OF.get(key, key) in PATHS and isinstance(value, str) and Path(value).is_absolute():
+        if RENAMED.get(key, key) in PATHS and isinstance(value, str) and Path(value).is_absolute():
             chosen[name] = place_in_job(value, include) or value
     return chosen
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from configs.arguments import split_arguments
 from configs.loader import flat_values, load_config
 from launch.sagemaker.entry import SECRETS, Cluster, launch_command
 from launch.sagemaker.failures import NO_SDK, aws_errors, find_region, one_sentence_errors, sentence_of
@@ -34,7 +35,7 @@ from launch.sagemaker.limits import (
     check_role,
     encode_hyperparameters,
 )
-from launch.sagemaker.places import JOBS_OWN, hyperparameter_words, split_words
+from launch.sagemaker.places import JOBS_OWN, hyperparameter_words
 from launch.sagemaker.settings import Compute, Settings, as_channels, as_compute
 from launch.sagemaker.source import check_sources, loop_of, stage_source, with_places
 from launch.sagemaker.trainer import DryRun, build_trainer, dry_session, entry_command
@@ -277,11 +278,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = build_parser().parse_known_args(argv)
     given = vars(options)
     with one_sentence_errors("submit"):
-        files, pairs = split_words(rest)
+        pairs, others = split_arguments(rest)
         for name in ("input_data", "environment", "tags"):
             given[name] = pairs_of(given[name], name)
         job = submit(
-            [*given["config"], *files],
+            [*given["config"], *others.get("config", [])],
             hyperparameters=dict(pairs),
             input_data=given["input_data"],
             compute=Compute(**{entry.name: given[entry.name] for entry in fields(Compute)}),

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from configs.arguments import split_arguments
 from launch.sagemaker import limits, source
 from launch.sagemaker.entry import SECRETS
 from launch.sagemaker.instances import gpus_of
-from launch.sagemaker.places import split_words
 from launch.sagemaker.settings import DAY, Compute, Settings, as_channels, as_compute
 from launch.sagemaker.submit import build_parser, main, pairs_of, read_config, submit
 from launch.sagemaker.trainer import fingerprint, metric_pattern
@@ -581,7 +581,7 @@ def test_the_pages_commands_and_policies_can_be_read():
     assert len(submits) == 3
     for words in submits:
         options, rest = build_parser().parse_known_args(words)
-        pairs = dict(split_words(rest)[1])
+        pairs = dict(split_arguments(rest)[0])
         loop = source.loop_of(Path(options.config[0]), options.loop)
         read_config(loop, [Path(path) for path in options.config], limits.encode_hyperparameters(pairs))
     for words in commands_of(page, "launch.sagemaker.deploy"):

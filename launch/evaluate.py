@@ -282,13 +282,17 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
     own |= {key: getattr(asked, key) for key in ("mlflow_uri", "mlflow_experiment_name")}
     settings = asdict(config) | {"model": asdict(model)}
     run = start_run(
-        RunConfig(output_dir=output, **own), loop="evaluate", resolved=dump_config(config), settings=settings
+        RunConfig(output_dir=output, **own),
+        loop="evaluate",
+        resolved=dump_config(config),
+        settings=settings,
+        expandable_segments=config.rollout.engine != "vllm",
     )
-    run.say(str(report))
+    run.print_main(str(report))
     policy = build_model(found, tokenizer, run.accelerator.device)
     add_stop_tokens(policy, tokenizer, report.stop_tokens)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=run.accelerator.autocast)
-    run.open(max(step, 1), rows=prompts)
+    run.create_folder(max(step, 1), rows=prompts)
     engine.sync(policy)
     began = time.perf_counter()
     predictions = gather_object(predict(engine, prompts, lines, config, tokenizer, run))
@@ -305,9 +309,9 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
     none = [key for key in metrics if key.endswith("/missing") and key.removesuffix("/missing") not in metrics]
     if none:
         names = ", ".join(key.removesuffix("/missing") for key in none)
-        run.say(f"no row has {names}: none has the columns that they need, or they failed")
-    run.end(ok=True)
-    run.say(f"predictions and metrics written to {run.folder}")
+        run.print_main(f"no row has {names}: none has the columns that they need, or they failed")
+    run.close(ok=True)
+    run.print_main(f"predictions and metrics written to {run.folder}")
     return metrics
 
 

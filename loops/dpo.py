@@ -234,19 +234,22 @@ def main(config: Config) -> None:
         eval_prompts, report = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
         reports.append(report)
 
-    run = start_run(config.run, loop="dpo", resolved=dump_config(config), settings=asdict(config))
+    run = start_run(
+        config.run, loop="dpo", resolved=dump_config(config), settings=asdict(config),
+        expandable_segments=config.rollout.engine != "vllm" or not config.eval_reward,
+    )  # fmt: skip
     accelerator = run.accelerator
-    run.say("\n".join(str(each) for each in reports if each.rows))
+    run.print_main("\n".join(str(each) for each in reports if each.rows))
     seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
     stops = reports[0].stop_tokens
     policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
-    run.say(models.parameter_line(policy))
+    run.print_main(models.parameter_line(policy))
     every = pairs + eval_pairs
     longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in every)
-    check_context(policy, longest, setting="max_seq_length", say=run.say)
+    check_context(policy, longest, setting="max_seq_length", say=run.print_main)
     first = pack.pack_check([pair.prompt_ids + pair.chosen_ids for pair in pairs[:2]], longest)
     wanted, compiled = config.batch.packing, config.model.compile
-    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.say)
+    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
     reference = models.build_reference(policy)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = pack.steps_per_epoch(len(pairs), rows_per_step)
@@ -256,8 +259,9 @@ def main(config: Config) -> None:
     engine = None
     if eval_rewards:
         engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
-    policy, optimizer = run.prepare(policy, optimizer, reference, engine)
-    run.open(total_steps, rows=pairs, rows_per_step=rows_per_step)
+        run.on_end(engine.close)
+    policy, optimizer = run.prepare(policy, optimizer, reference)
+    run.create_folder(total_steps, rows=pairs, rows_per_step=rows_per_step)
     frozen = eval_frozen = None
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
         began = time.perf_counter()
@@ -266,7 +270,7 @@ def main(config: Config) -> None:
         eval_frozen = precompute(reference, eval_pairs, files[1], config, accelerator, packing)
         run.pending["time/reference"] = time.perf_counter() - began
         reference = None  # a copy's memory is free again
-    start = run.load(policy, optimizer, scheduler)
+    start = run.resume(policy, optimizer, scheduler)
     evaluation = (reference, eval_frozen, engine, eval_pairs, eval_prompts, eval_rewards)
     evaluation += (config, accelerator, packing)
     if start == 0 and eval_pairs:
@@ -276,7 +280,7 @@ def main(config: Config) -> None:
         began = time.perf_counter()
         rows = pack.rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed)
         microbatches = build_microbatches(rows, pairs, frozen, config, accelerator)
-        run.at(step, "the update")
+        run.set_phase(step, "the update")
         sums = train_step(
             policy, reference, optimizer, scheduler, microbatches, len(rows), config, accelerator,
             packing, run.guard,
@@ -284,13 +288,13 @@ def main(config: Config) -> None:
         sums["time/step"] = time.perf_counter() - began
         metrics = step_metrics(run.reduce(sums))
 
-        done, last = step + 1, step + 1 == total_steps
-        if eval_pairs and run.due(done, config.run.eval_steps, last):
+        done = step + 1
+        if eval_pairs and run.eval_due(done):
             metrics |= evaluate(policy, *evaluation)
         run.log(metrics, done)
-        if run.saves(done, last):
+        if run.save_due(done):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
-    run.finish(policy, tokenizer, merge=config.model.exports_merged)
+    run.export(policy, tokenizer, config.model)
 
 
 if __name__ == "__main__":

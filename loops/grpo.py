@@ -263,22 +263,22 @@ def main(config: Config) -> None:
         eval_rewards["accuracy"] = build_reward_fn(named, eval_rows, key="eval_reward")
     encoding = (encode_prompt, tokenizer, config.encode)
     prompts, *reports = encode_rows(rows, *encoding, what="training prompts")
-    eval_prompts, report = encode_rows(eval_rows, *encoding, what="evaluation prompts")
-    reports.append(report)
+    eval_prompts, *more = encode_rows(eval_rows, *encoding, what="evaluation prompts")
 
-    run = start_run(config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config))
-    accelerator = run.accelerator
-    run.say("\n".join(str(each) for each in reports if each.rows))
+    run = start_run(
+        config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config),
+        expandable_segments=config.rollout.engine != "vllm")  # fmt: skip
+    accelerator, say = run.accelerator, run.print_main
+    say("\n".join(str(each) for each in reports + more if each.rows))
     seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
-    stops = reports[0].stop_tokens
-    policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
-    run.say(models.parameter_line(policy))
+    policy = models.build_policy(config.model, tokenizer, reports[0].stop_tokens, seed=seed, **place)
+    say(models.parameter_line(policy))
     longest = max(len(p.prompt_ids) for p in prompts + eval_prompts)
     longest += config.rollout.max_completion_length
-    check_context(policy, longest, setting="max_completion_length or max_seq_length", say=run.say)
+    check_context(policy, longest, setting="max_completion_length or max_seq_length", say=say)
     first = pack.pack_check([prompt.prompt_ids for prompt in prompts[:2]], longest)
     wanted, compiled = config.batch.packing, config.model.compile
-    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.say)
+    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=say)
     reference = models.build_reference(policy) if config.beta else None
     rows_per_step = config.prompts(accelerator.num_processes)
     epoch_steps = pack.steps_per_epoch(len(prompts), rows_per_step)
@@ -286,9 +286,10 @@ def main(config: Config) -> None:
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
     engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
-    policy, optimizer = run.prepare(policy, optimizer, reference, engine)
-    run.open(total_steps, rows=prompts, rows_per_step=rows_per_step)
-    start = run.load(policy, optimizer, scheduler)
+    run.on_end(engine.close)
+    policy, optimizer = run.prepare(policy, optimizer, reference)
+    run.create_folder(total_steps, rows=prompts, rows_per_step=rows_per_step)
+    start = run.resume(policy, optimizer, scheduler)
     engine.sync(policy)
     settings = {"sampling": config.rollout, "accelerator": accelerator}
     if start == 0 and eval_prompts:
@@ -301,10 +302,10 @@ def main(config: Config) -> None:
     try:
         for step in range(start, total_steps):
             began = time.perf_counter()
-            run.at(step, "the rollout")
+            run.set_phase(step, "the rollout")
             share = ahead.take(step)
             engine.rest()
-            run.at(step, "the rewards")
+            run.set_phase(step, "the rewards")
             judged = compare_rewards(share, config, accelerator, guard)
             asked, (completions, result, advantages, sums) = share.prompts, judged
             microbatches = build_microbatches(asked, completions, advantages, config, accelerator)
@@ -315,7 +316,7 @@ def main(config: Config) -> None:
                 num_sequences=counts["rollout/completions"],
                 max_completion_length=config.rollout.max_completion_length,
             )
-            run.at(step, "the update")
+            run.set_phase(step, "the update")
             updating = time.perf_counter()
             sums, old = train_step(
                 policy, reference, optimizer, scheduler, microbatches, denominator, config,
@@ -326,14 +327,14 @@ def main(config: Config) -> None:
             sums["time/step"] = time.perf_counter() - began
             metrics = step_metrics(counts | run.reduce(sums))
 
-            done, last = step + 1, step + 1 == total_steps
-            if eval_prompts and run.due(done, config.run.eval_steps, last):
+            done = step + 1
+            if eval_prompts and run.eval_due(done):
                 metrics |= reward_evaluation(engine, eval_prompts, eval_rewards, **settings)
             run.log(metrics, done)
-            run.show_completions(asked, completions, result, advantages.tolist(), done, last)
+            run.show_completions(asked, completions, result, advantages.tolist(), done)
             if config.rollout.check_due(step, first=step == start):  # after its numbers are logged
                 check_sampler(microbatches, old, policy, accelerator, config.rollout.max_mismatch)
-            if run.saves(done, last):
+            if run.save_due(done):
                 epoch, extra = done // epoch_steps, ahead.record()
                 run.save(policy, optimizer, scheduler, done, epoch=epoch, extra=extra)
     except BaseException:
@@ -341,7 +342,7 @@ def main(config: Config) -> None:
         raise
     finally:
         ahead.close()
-    run.finish(policy, tokenizer, merge=config.model.exports_merged)
+    run.export(policy, tokenizer, config.model)
 
 
 if __name__ == "__main__":

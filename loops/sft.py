@@ -144,20 +144,23 @@ def main(config: Config) -> None:
         eval_prompts, report = encode_rows(eval_rows, encode_prompt, *encoding, what=what)
         reports.append(report)
 
-    run = start_run(config.run, loop="sft", resolved=dump_config(config), settings=asdict(config))
+    run = start_run(
+        config.run, loop="sft", resolved=dump_config(config), settings=asdict(config),
+        expandable_segments=config.rollout.engine != "vllm" or not config.eval_reward,
+    )  # fmt: skip
     accelerator = run.accelerator
-    run.say("\n".join(str(each) for each in reports if each.rows))
+    run.print_main("\n".join(str(each) for each in reports if each.rows))
     seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
     stops = reports[0].stop_tokens
     policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
-    run.say(models.parameter_line(policy))
+    run.print_main(models.parameter_line(policy))
     longest = max(len(example.input_ids) for example in examples + eval_examples)
-    check_context(policy, longest, setting="max_seq_length", say=run.say)
+    check_context(policy, longest, setting="max_seq_length", say=run.print_main)
     first = pack.pack_check([example.input_ids for example in examples[:2]], longest)
     wanted, compiled = config.batch.packing, config.model.compile
-    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.say)
+    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
     bins, packed = pack.pack_rows(examples, config.batch, seed=seed)
-    run.say(f"packing_strategy: {packed}")
+    run.print_main(f"packing_strategy: {packed}")
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = pack.steps_per_epoch(len(bins), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
@@ -166,9 +169,11 @@ def main(config: Config) -> None:
     engine = None
     if eval_rewards:
         engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
-    policy, optimizer = run.prepare(policy, optimizer, None, engine)
-    run.open(total_steps, rows=examples, packing_strategy=packed, rows_per_step=rows_per_step)
-    start = run.load(policy, optimizer, scheduler)
+        run.on_end(engine.close)
+    policy, optimizer = run.prepare(policy, optimizer)
+    sizes = {"packing_strategy": packed, "rows_per_step": rows_per_step}
+    run.create_folder(total_steps, rows=examples, **sizes)
+    start = run.resume(policy, optimizer, scheduler)
     evaluation = (engine, eval_examples, eval_prompts, eval_rewards, config, accelerator, packing)
     if start == 0 and eval_examples:
         run.log(evaluate(policy, *evaluation), 0)
@@ -178,7 +183,7 @@ def main(config: Config) -> None:
         rows = pack.rows_of_step(step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed)
         denominator = sum(sum(example.is_target[1:]) for row in rows for example in bins[row])
         microbatches = build_microbatches(rows, bins, config, accelerator)
-        run.at(step, "the update")
+        run.set_phase(step, "the update")
         sums = train_step(
             policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing,
             run.guard,
@@ -186,13 +191,13 @@ def main(config: Config) -> None:
         sums["time/step"] = time.perf_counter() - began
         metrics = step_metrics(run.reduce(sums))
 
-        done, last = step + 1, step + 1 == total_steps
-        if eval_examples and run.due(done, config.run.eval_steps, last):
+        done = step + 1
+        if eval_examples and run.eval_due(done):
             metrics |= evaluate(policy, *evaluation)
         run.log(metrics, done)
-        if run.saves(done, last):
+        if run.save_due(done):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
-    run.finish(policy, tokenizer, merge=config.model.exports_merged)
+    run.export(policy, tokenizer, config.model)
 
 
 if __name__ == "__main__":

@@ -476,10 +476,10 @@ def load_checkpoint(
     schedule are the same to the last bit. Random streams go on exactly on as many ranks; else each rank is seeded from
     (the state's `seed`, step, rank), and a warning says so. `read_extra` gives back what the loop saved beside.
 
-    Everything is checked before anything is changed. Raises ValueError when the checkpoint is torn (no or false
-    manifest, missing, short or altered file), another or none on some rank's machine, or foreign (other parameters,
-    shapes, dtypes, optimizer or device). Call it last, after the model, the optimizer and the data loader were built
-    and prepared, since building them draws random numbers.
+    Everything is checked before anything is changed. Raises ValueError when the checkpoint is incomplete or corrupt, is
+    another or none on some rank's machine, or is of another model (parameters, shapes, dtypes, optimizer, device).
+    Call it last, after the model, the optimizer and the data loader were built and prepared, since building them draws
+    random numbers.
     """
     path = Path(path)
     reshard(model)

@@ -48,9 +48,9 @@ BLOCK = 1 << 24  # bytes read at once for a checksum
 def find_checkpoint(run_folder: Path | str, resume_from: str, *, accelerator: Accelerator | None = None) -> Path | None:
     """The checkpoint that `resume_from` means: `none`, `latest`, `best` (of the run folder), or a path.
 
-    `latest` is the newest whole one and `best` the one by the metric it was saved with; both compare checksums, pass
-    over torn ones with one warning each, and are None when there is none. With an accelerator every rank must call
-    this: they share the reading, and agree on what rank 0 finds. Raises ValueError when a path is not a whole
+    `latest` is the newest whole one and `best` the one by the metric it was saved with; both compare checksums, skip
+    incomplete or corrupt ones with one warning each, and are None when there is none. With an accelerator every rank
+    must call this: they share the reading, and agree on what rank 0 finds. Raises ValueError when a path is not a whole
     checkpoint, or when not every rank sees what rank 0 does.
     """
     if resume_from == "none":
@@ -83,7 +83,10 @@ def find_checkpoint(run_folder: Path | str, resume_from: str, *, accelerator: Ac
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Whole trainable tensors on the CPU by name, without process group or model. Raises ValueError when torn."""
+    """Whole trainable tensors on the CPU by name, without process group or model.
+
+    Raises ValueError when the checkpoint is incomplete or corrupt.
+    """
     path = Path(path)
     compare_checksums(path, read_manifest(path), 0, 1)
     stored = stored_tensors(path, WEIGHT)
@@ -170,8 +173,8 @@ def compare_checksums(path: Path, manifest: Mapping[str, Any], rank: int, ranks:
 def whole_checkpoints(parent: Path, *, warn: bool = True) -> list[tuple[Path, dict[str, Any]]]:
     """Checkpoints in `parent` with files of the right size, and their manifests, newest first by the time of writing.
 
-    Time and not step: a run that was sent back to an earlier step goes on from what it wrote last. Torn ones are named
-    in a warning, exports beside them (NAME.hf_model) are not. One that was being replaced when its run was killed
+    Time and not step: a run that was sent back to an earlier step goes on from what it wrote last. Incomplete ones are
+    named in a warning, exports beside them (NAME.hf_model) are not. One that was being replaced when its run was killed
     counts while nothing stands in its place.
     """
     found = []

@@ -1,7 +1,8 @@
 """What keeps a run from hanging or going wrong in silence.
 
-`StopRequest`: SIGTERM as a wish that the loop grants between two steps. `Watch`: nobody waits for a dead process for
-ever, and every wait says for whom. `FiniteGuard`: a gradient that is no number names its rows and changes no weight.
+`StopRequest`: graceful shutdown, after the current step. `Watch`: nobody waits for a dead process for
+ever, and every wait says for whom. `FiniteGuard`: a non-finite gradient (NaN or inf) names its rows and changes no
+weight.
 `explain_out_of_memory`: which settings to change, in which order.
 
 Legend: a process is called by its rank; its position is what it does, as (step, what), and how many positions it had
@@ -61,19 +62,19 @@ def end_process(sentence: str, code: int, closers: Sequence[Callable[[], object]
 
 
 class StopRequest:
-    """SIGTERM as a wish: `requested` turns true; a second one ends the process at once (exit code 143).
+    """Graceful shutdown: SIGTERM sets `requested`; a second SIGTERM ends the process at once (exit code 143).
 
     The ranks must stop after the same step: put `float(stop.requested)` under a name that ends in `_max` into sums that
-    are reduced anyway, and obey the reduced number. The wish is noticed even while the main thread is inside a
+    are reduced anyway, and obey the reduced number. A signal is noticed even while the main thread is inside a
     collective, where Python runs no signal handler. Ctrl-C stays KeyboardInterrupt.
     """
 
-    def __init__(self, *, say: bool = True, follow_parent: bool = False) -> None:
-        """say: print a line when the wish comes (one rank should). follow_parent: the death of the process that started
-        this one is a wish too: `accelerate launch` of one process passes no signal on."""
+    def __init__(self, *, verbose: bool = True, follow_parent: bool = False) -> None:
+        """verbose: print a line when the signal comes (one rank should). follow_parent: the death of the process that
+        started this one counts as a SIGTERM, because `accelerate launch` of one process passes no signal on."""
         self.closers: list[Callable[[], object]] = []  # called before a second signal ends the process
-        self._wished = threading.Event()
-        self._say = say
+        self._requested = threading.Event()
+        self._verbose = verbose
         self._parent = os.getppid() if follow_parent else None
         self._first = 0.0  # when the first signal came, seen by Python's handler or the wake-up socket; either can lag
         self._installed = False
@@ -81,7 +82,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop; other ranks may not have been."""
-        return self._wished.is_set()
+        return self._requested.is_set()
 
     def install(self) -> None:
         """Take SIGTERM over until `remove`. Does nothing outside the main thread, where Python allows no handlers."""
@@ -117,13 +118,13 @@ class StopRequest:
             self._installed = False
 
     def _again(self) -> bool:
-        """Whether a signal is a second wish. One that comes at once is the launcher's, which passes on what all
+        """Whether a signal is a second request. One that comes at once is the launcher's, which passes on what all
         processes of the job were sent."""
         self._first = self._first or time.monotonic()
         return time.monotonic() - self._first > ECHO
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._wished.set()
+        self._requested.set()
         if self._again():
             self._quit()
 
@@ -144,8 +145,8 @@ class StopRequest:
                 pass  # nothing came: look at the parent
             orphaned = self._parent is not None and os.getppid() != self._parent
             if woken or orphaned:
-                self._wished.set()
-            if self.requested and self._say and not said:
+                self._requested.set()
+            if self.requested and self._verbose and not said:
                 said = True
                 reason = "the process that started this one is gone" if orphaned and not woken else "SIGTERM"
                 os.write(2, f"{reason}: stopping after this step; another SIGTERM ends the run at once\n".encode())
@@ -217,8 +218,8 @@ class Watch:
         self._previous_hook, sys.excepthook = sys.excepthook, self._on_error
         atexit.register(self._leave, "its own error is above")
 
-    def at(self, step: int, what: str) -> None:
-        """Say where this process is: `what` names a phase or a wait. Every rank must call it alike; costs nothing."""
+    def set_phase(self, step: int, what: str) -> None:
+        """Record the phase of this process: `what` names it. Every rank must make the same calls; they cost nothing."""
         self._position = (self._position[0] + 1, step, what, time.monotonic())
 
     def stop(self) -> None:
@@ -408,7 +409,7 @@ def _process_state(pid: int) -> str:
 
 
 class FiniteGuard:
-    """Keeps gradients that are no numbers out of the weights, and names the rows that they came from.
+    """Keeps non-finite gradients (NaN or inf) out of the weights, and names the rows that they came from.
 
     The good case costs one look at the gradient's norm, a number that the step computes anyway and that is the same on
     every rank, so all decide alike. The micro-batches' losses stay on the device and are read only in the bad case.

@@ -6,7 +6,6 @@ import atexit
 import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import inspect
 import json
 import logging
@@ -36,7 +35,7 @@ from loops.shared.checkpoint import WRAPPERS, NotSaved, Saver, load_checkpoint
 from loops.shared.checkpoint_folder import find_checkpoint, read_extra, read_manifest, read_state
 from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
 from loops.shared.models import ModelConfig, Reference
-from loops.shared.rollout import Engine, Sampling
+from loops.shared.rollout.config import Sampling
 from loops.shared.sharding import (
     Sharding,
     build_accelerator,
@@ -106,7 +105,8 @@ class RunConfig:
     cpu_offload: bool = False
     """Keep shards in host memory, and run the optimizer there; implies `fsdp: full_shard`."""
     on_non_finite: str = "stop"
-    """What a gradient that is no number does: `stop` the run, or `skip` the optimizer step (ten in a row stop it)."""
+    """What a non-finite gradient (NaN or inf) does: `stop` the run, or `skip` the optimizer step (ten in a row stop
+    the run)."""
     heartbeat_timeout: float = 40.0
     """Seconds after which a process that nobody hears of ends the run."""
     collective_timeout: float = 1800.0
@@ -165,15 +165,15 @@ class Run:
     pending: dict[str, float] = field(default_factory=dict)  # seconds of what happened since the last row
     logged: dict[str, float] = field(default_factory=dict)  # metrics of the newest row
     total_steps: int = 0
-    engine: Engine | None = None
-    stopping: bool = False  # some process was asked to end; all of them know after the step's `reduce`
+    closers: list[Callable[[], object]] = field(default_factory=list)  # called when this process ends
+    stopping: bool = False  # some process was asked to stop; all of them know after the step's `reduce`
 
     def __post_init__(self) -> None:
         accelerator, config = self.accelerator, self.config
         self.guard = FiniteGuard(accelerator, config.on_non_finite)
         # `accelerate launch` passes no signal on to a single process: its own end is the sign
         alone = accelerator.num_processes == 1 and bool(_launcher_words())
-        self.stop = StopRequest(say=accelerator.is_main_process, follow_parent=alone)
+        self.stop = StopRequest(verbose=accelerator.is_main_process, follow_parent=alone)
         self.watch = Watch(
             accelerator,
             heartbeat_timeout=config.heartbeat_timeout,
@@ -184,13 +184,22 @@ class Run:
         self.saver = Saver(self.folder, accelerator=accelerator)
 
     def on_end(self, closer: Callable[[], object]) -> None:
-        """Call `closer` where this process is ended from a thread (a dead peer, a second SIGTERM); atexit is not."""
+        """Call `closer` when the run ends, also where a thread ends the process (a dead rank, a second SIGTERM)."""
+        self.closers.append(closer)
+        self._on_abort(closer)
+
+    def _on_abort(self, closer: Callable[[], object]) -> None:
         self.watch.closers.append(closer)
         self.stop.closers.append(closer)
 
-    def at(self, step: int, what: str) -> None:
-        """Tell the other processes where this one is, for the message if it never comes further."""
-        self.watch.at(step, what)
+    @property
+    def server_key(self) -> str | None:
+        """The key of vLLM's servers: from the environment, since options are written to the run folder."""
+        return os.environ.get("VLLM_API_KEY")
+
+    def set_phase(self, step: int, what: str) -> None:
+        """Record the step and the phase, which the message names when a process hangs or dies."""
+        self.watch.set_phase(step, what)
 
     def reduce(self, sums: dict) -> dict[str, float]:
         """`reduce_sums` of the step; afterwards all processes agree whether the run is to stop."""
@@ -200,14 +209,24 @@ class Run:
             total["optim/skipped_steps"] = float(self.guard.skipped)
         return total
 
-    def say(self, text: str) -> None:
-        """One line for the person at the terminal, from the main process."""
+    def print_main(self, text: str) -> None:
+        """Print on the main process."""
         if self.accelerator.is_main_process:
             print(printable(text), flush=True)
 
-    def due(self, step: int, every: int, last: bool) -> bool:
-        """Whether what happens every `every` steps (0: only at the end) is due after step `step`."""
-        return last or (every > 0 and step % every == 0)
+    def _due(self, step: int, every: int) -> bool:
+        """Whether what happens every `every` steps, and after the last one, is due after step `step`."""
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def eval_due(self, step: int) -> bool:
+        """Whether an evaluation is due after step `step`."""
+        return self._due(step, self.config.eval_steps)
+
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after step `step`; always when the run is to stop. Every process calls this."""
+        if "time/eval" in self.logged:  # an evaluation may have been long, and the next step's `reduce` is far
+            self.reduce({})
+        return self.stopping or (self.config.save_steps > 0 and self._due(step, self.config.save_steps))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Metrics of a step, to metrics.jsonl and the trackers; evaluations are also said."""
@@ -216,7 +235,9 @@ class Run:
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         model, name = self.settings["model"], "optim/unchanged"
         if name in metrics and name not in self.latest and model["torch_dtype"] == "bfloat16" and not model["lora_r"]:
-            self.say(f"bfloat16 weights, rounded stochastically: step {step} moved {100 * (1 - metrics[name]):.1f} %")
+            self.print_main(
+                f"bfloat16 weights, rounded stochastically: step {step} moved {100 * (1 - metrics[name]):.1f} %"
+            )
         self.latest |= metrics
         self.logged = metrics
         self.tracker.log(metrics, step)
@@ -226,7 +247,7 @@ class Run:
         if step == 0 and best.startswith("eval/") and best not in metrics:
             raise ValueError(f"save_best is {best}, which evaluations do not measure: there are {shown}.")
         if shown:
-            self.say(f"step {step}: {shown}")
+            self.print_main(f"step {step}: {shown}")
         for name, value in metrics.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 raise FloatingPointError(
@@ -238,29 +259,23 @@ class Run:
         """Whether models are split over processes."""
         return is_sharded(self.accelerator)
 
-    def prepare(self, policy: nn.Module, optimizer, reference: Reference | None, engine: Engine | None):
-        """(policy, optimizer) wrapped or sharded for this run's processes; from here on each has its own randomness.
-
-        The engine is closed when the run ends, however it does.
-        """
-        if engine is not None:
-            self.engine = engine
-            self.on_end(engine.close)
+    def prepare(self, policy: nn.Module, optimizer, reference: Reference | None = None):
+        """(policy, optimizer), wrapped or sharded; from here on each process has random numbers of its own."""
         values = not self.settings["model"]["from_scratch"]
         digest = weights_digest(policy, values) if self.accelerator.is_main_process else None
         self.identity["weights"] = broadcast_object_list([digest])[0]
         prepared = prepare(self.accelerator, policy, optimizer, reference=reference, sharding=self.sharding)
-        self.say(sharding_line(self.accelerator, policy, self.sharding))
+        self.print_main(sharding_line(self.accelerator, policy, self.sharding))
         for sentence in self.sharding.ignored if self.sharding else ():
-            self.say(f"fsdp: ignored {sentence}")
+            self.print_main(f"fsdp: ignored {sentence}")
         seed = self.config.seed + self.accelerator.process_index  # own randomness (dropout): the weights are built
         random.seed(seed)
         torch.manual_seed(seed)
         return prepared
 
-    def open(self, total_steps: int, *, rows: Sequence, **sizes: int | str) -> None:
+    def create_folder(self, total_steps: int, *, rows: Sequence, **sizes: int | str) -> None:
         """Create the run folder, with the resolved config and provenance, and start the trackers; of a run that is
-        resumed `load` does that, so that a checkpoint that does not fit changes nothing.
+        resumed `resume` does that, so that a checkpoint that does not fit changes nothing.
 
         Called when everything is built, so that bad input writes nothing. rows: the encoded training rows; sizes: what,
         with loop, seed and rows, says which rows a step has. Raises ValueError where the checkpoint to resume from is
@@ -274,7 +289,7 @@ class Run:
             if self.earlier is not None:
                 refuse_other_run(str(self.folder), self.earlier, self.identity)
             if self.config.resume_from != "none":
-                self.say(f"{self.folder} holds no checkpoint: starting anew")
+                self.print_main(f"{self.folder} holds no checkpoint: starting anew")
             return self._begin(None)
         state = {"packing_strategy": "step"} | read_state(self.checkpoint)  # which older ones do not name
         refuse_other_run(str(self.checkpoint), state, self.identity)
@@ -287,11 +302,11 @@ class Run:
         if told[0] and told[1].get("run") != self._mark()["run"]:
             raise ValueError(f"{self.folder}/model was not written by this run: move it elsewhere, or set output_dir.")
         if state["step"] == total_steps == told[1].get("step"):
-            self.say(
+            self.print_main(
                 f"{self.folder} is trained to its last step, {total_steps}, and exported: nothing was done; raise "
                 f"max_steps to go on, or export again with python -m launch.export."
             )
-            self.end(ok=True)
+            self.close(ok=True)
             raise SystemExit(0)
         return None
 
@@ -329,22 +344,22 @@ class Run:
                 shutil.rmtree(self.folder, ignore_errors=True)  # made above
             raise
         atexit.register(self.tracker.finish, ok=False)  # a run that ends early is marked as failed
-        self.on_end(partial(self.tracker.finish, ok=False))
+        self._on_abort(partial(self.tracker.finish, ok=False))
         if self.accelerator.is_main_process:
             (self.folder / "config.yaml").write_text(without_passwords(self.resolved))
             if without_passwords(self.resolved) != self.resolved:
-                self.say("passwords in addresses are written nowhere: give them again on resume")
+                self.print_main("passwords in addresses are written nowhere: give them again on resume")
 
-    def load(self, policy: nn.Module, optimizer, scheduler) -> int:
+    def resume(self, policy: nn.Module, optimizer, scheduler) -> int:
         """Put the checkpoint to resume from back, if there is one; returns the step to go on from."""
-        self.stop.install()  # until here SIGTERM ends the process, as ever
+        self.stop.install()  # from here on SIGTERM stops the run after the current step
         if self.checkpoint is None:
             return 0
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
         checked = self.config.resume_from in ("latest", "best")
         state = load_checkpoint(self.checkpoint, accelerator=self.accelerator, checked=checked, **objects)
         self._begin(state["step"])
-        self.say(f"resuming from {self.checkpoint}")
+        self.print_main(f"resuming from {self.checkpoint}")
         told = {key: value for key, value in self.identity["rows_from"].items() if key.startswith(("eval_", "code "))}
         now = {"steps in total": self.total_steps, **self.settings["optim"], **told}
         then = {"steps in total": state.get("total_steps", self.total_steps), **state.get("optim", {})}
@@ -352,7 +367,9 @@ class Run:
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then.get(key, value) != value]
         if changed:
             rate = scheduler.get_last_lr()[0]
-            self.say(f"changed: {', '.join(changed)}; from step {state['step'] + 1} on, at a learning rate of {rate:g}")
+            self.print_main(
+                f"changed: {', '.join(changed)}; from step {state['step'] + 1} on, at a learning rate of {rate:g}"
+            )
         return state["step"]
 
     def _mark(self) -> dict:
@@ -361,11 +378,11 @@ class Run:
         text = json.dumps(compared, sort_keys=True)
         return {"run": hashlib.sha256(text.encode()).hexdigest(), "step": self.total_steps}
 
-    def show_completions(self, prompts, completions, rewards, advantages: list, step: int, last: bool) -> None:
+    def show_completions(self, prompts, completions, rewards, advantages: list, step: int) -> None:
         """A few completions of the first prompt with their rewards (`data.rewards.RewardResult`), in the run folder and
         as a table, when that is due."""
         every = self.config.log_completions_steps
-        if not (prompts and every and self.due(step, every, last)):
+        if not (prompts and every and self._due(step, every)):
             return
         rows = []
         for i, completion in enumerate(completions[:4]):
@@ -382,19 +399,13 @@ class Run:
             return {}
         return read_extra(self.checkpoint, self.accelerator.process_index)
 
-    def saves(self, step: int, last: bool) -> bool:
-        """Whether a checkpoint is due after step `step`; always when the run is to stop."""
-        if "time/eval" in self.logged:  # an evaluation may have been long, and the next step's `reduce` is far
-            self.reduce({})
-        return self.stopping or bool(self.config.save_steps and self.due(step, self.config.save_steps, last))
-
     def save(
         self, policy: nn.Module, optimizer, scheduler, step: int, *, epoch: int, extra: dict | None = None
     ) -> None:
         """Write a checkpoint that a resumed run continues exactly; the seconds that training waits for it are in the
         next row, as `time/save`. A run that was asked to stop ends here (exit code 143)."""
         began = time.perf_counter()
-        self.at(step, "saving")
+        self.set_phase(step, "saving")
         name = self.config.save_best
         greater = self.config.greater_is_better
         if greater is None:
@@ -419,15 +430,17 @@ class Run:
             saved = True
         except NotSaved as error:  # what was saved before is still there, and so is the run
             saved = False
-            self.say(f"not saved: {error}")
+            self.print_main(f"not saved: {error}")
         if name and name not in self.logged:
             measured = ", ".join(key for key in self.latest if key.startswith("eval/"))
-            self.say(f"save_best: {name} was not measured at step {step} (there are {measured or 'no evaluations'})")
+            self.print_main(
+                f"save_best: {name} was not measured at step {step} (there are {measured or 'no evaluations'})"
+            )
         self.pending["time/save"] = time.perf_counter() - began
         if self.stopping:
             hint = f"; go on with --resume_from latest --output_dir {self.folder}" if saved else ", which is not saved"
-            self.say(f"stopped after step {step}{hint}")
-            self.end(ok=False)
+            self.print_main(f"stopped after step {step}{hint}")
+            self.close(ok=False)
             raise SystemExit(TERMINATED)
 
     def _wait_for_saver(self) -> bool:
@@ -435,13 +448,13 @@ class Run:
         try:
             self.saver.wait()
         except NotSaved as error:
-            self.say(f"not saved: {error}")
+            self.print_main(f"not saved: {error}")
             return False
         return True
 
-    def finish(self, policy: nn.Module, tokenizer, *, merge: bool) -> None:
-        """Export the trained model to `model/` in the run folder, and close the trackers."""
-        self.at(self.total_steps, "exporting")
+    def export(self, policy: nn.Module, tokenizer, config: ModelConfig) -> None:
+        """Export the trained model to `model/` in the run folder, and end the run."""
+        self.set_phase(self.total_steps, "exporting")
         folder = self.folder / "model"
         card = {
             "base_model": self.settings["model"]["model_id"],
@@ -457,11 +470,12 @@ class Run:
             shutil.rmtree(partly, ignore_errors=True)
         model = self.accelerator.unwrap_model(policy)
         expected = logits_of(model, self.accelerator.device)
-        export_model(model, tokenizer, partly, merge=merge, card=without_passwords(card), title=folder.name)
+        export_model(
+            model, tokenizer, partly, merge=config.exports_merged, card=without_passwords(card), title=folder.name
+        )
         if self.accelerator.is_main_process:
-            trained = ModelConfig(**self.settings["model"])
-            if reason := check_export(model, partly, expected, trained, self.accelerator):
-                self.say(f"the export was not compared with the policy: {reason}")
+            if reason := check_export(model, partly, expected, config, self.accelerator):
+                self.print_main(f"the export was not compared with the policy: {reason}")
             written = sorted(path.name for path in partly.iterdir())
             (partly / MARK).write_text(json.dumps({**self._mark(), "files": [*written, MARK]}, indent=1) + "\n")
             if folder.exists():  # of the same run, resumed when it had ended; what others put there stays
@@ -471,38 +485,39 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
             os.replace(partly, folder)
         self._wait_for_saver()
-        self.end(ok=True)
-        self.say(f"model written to {folder}")
+        self.close(ok=True)
+        self.print_main(f"model written to {folder}")
         if self.accelerator.is_main_process:
             rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
             for name in ("eval/loss", "eval/reward_accuracy", "eval/accuracy", "eval/missing"):
                 found = [row for row in rows if row.get(name) is not None]
                 if any(_is_shown(name, row[name], row) for row in found):
-                    self.say(f"{name} {found[0][name]:.4g} before, {found[-1][name]:.4g} after")
+                    self.print_main(f"{name} {found[0][name]:.4g} before, {found[-1][name]:.4g} after")
         self.stop.remove()
 
-    def end(self, *, ok: bool) -> None:
-        """Close the engine and the trackers; on every process.
+    def close(self, *, ok: bool) -> None:
+        """Call what `on_end` was given, and close the trackers; on every process.
 
         The barrier is the last exchange of all: where that is a gather, one of gloo's threads may still hold tensors of
         Python's while the interpreter ends, which aborts the process (torch 2.13).
         """
         self.accelerator.wait_for_everyone()
-        if self.engine is not None:
-            self.engine.close()  # a rollout under way would be waited for
+        for closer in self.closers:  # an engine: a rollout under way would be waited for
+            closer()
         atexit.unregister(self.tracker.finish)
         self.tracker.finish(ok=ok)
         release_claim(self.claim)
         self.watch.stop()
 
 
-def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict) -> Run:
-    """Accelerator and seeds; call it before any weights are read. It writes nothing: `Run.open` does.
+def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict, expandable_segments: bool = True) -> Run:
+    """Accelerator and seeds; call it before any weights are read. It writes nothing: `Run.create_folder` does.
 
-    loop: name of the loop; resolved: the whole config as YAML; settings: the same as a mapping. Raises ValueError where
+    loop: name of the loop; resolved: the whole config as YAML; settings: the same as a mapping. expandable_segments: of
+    torch's CUDA allocator; vLLM's sleep in this process cannot work with them (pytorch 147851). Raises ValueError where
     the folder already holds a run that is not to be resumed, and where the launcher's settings contradict the loop's.
     """
-    if not _samples_with_vllm_here(loop, settings):  # whose sleep cannot work with such memory (pytorch 147851)
+    if expandable_segments:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _settings.clear()
@@ -742,13 +757,6 @@ def weights_digest(model: Any, values: bool) -> str:
         if values and not weight.is_meta:
             digest.update(flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _samples_with_vllm_here(loop: str, settings: dict) -> bool:
-    """Whether a vLLM in this process will share the GPU with training."""
-    engine = settings.get("rollout", {}).get("engine")
-    found = engine == "vllm" or engine == "auto" and importlib.util.find_spec("vllm") is not None
-    return found and (loop not in ("sft", "dpo") or bool(settings.get("eval_reward")))
 
 
 def _check_evaluation(config: RunConfig, settings: dict) -> None:

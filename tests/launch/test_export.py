@@ -69,7 +69,7 @@ def train(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int 
 def make_run(
     accelerator: Accelerator, folder: Path, model_id: str, *, name_model: bool = False, save: bool = True, **settings
 ) -> torch.nn.Module:
-    """A run folder with config.yaml and a checkpoint of step 4, as `Run.open` and `Run.save` write them."""
+    """A run folder with config.yaml and a checkpoint of step 4, as `Run.create_folder` and `Run.save` write them."""
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         pytest.importorskip("bitsandbytes")
     config = ModelConfig(model_id=model_id, **settings)

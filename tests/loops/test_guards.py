@@ -35,13 +35,13 @@ from loops.shared.guards import FiniteGuard, StopRequest, Watch, explain_out_of_
 def steps(accelerator, watch, stop, *, slow_rank=None, work=lambda: time.sleep(0.05), number=10_000):
     """A loop's skeleton: work, then one exchange; obeys a stop that any rank was asked for."""
     for step in range(number):
-        watch.at(step, "the update")
+        watch.set_phase(step, "the update")
         if accelerator.process_index == slow_rank and step == 20:
             print("slow", flush=True)
             work()
         else:
             time.sleep(0.05)
-        watch.at(step, "the step's sums")
+        watch.set_phase(step, "the step's sums")
         if max(gather_object([stop.requested])):
             print(f"stopped after step {step}", flush=True)
             watch.stop()
@@ -56,7 +56,7 @@ def forever(accelerator, watch, stop):
 
 def unnoticed(accelerator, watch, stop):
     """Rank 0 hangs where nothing tells it that rank 1 is gone, as in a collective on a GPU."""
-    watch.at(7, "all-reduce")
+    watch.set_phase(7, "all-reduce")
     while not all(peer.record for peer in watch._peers.values()):  # else it would be one that was never heard of
         time.sleep(0.05)
     print("running", flush=True)
@@ -136,7 +136,7 @@ def be_a_rank(target, rank, output, options):
             timeout=group_timeout(options.get("collective_timeout", 1800.0)),
         )
         accelerator = Accelerator(cpu=True)
-        stop = StopRequest(say=rank == 0)
+        stop = StopRequest(verbose=rank == 0)
         stop.install()
         watch = Watch(accelerator, stop=stop, closers=[lambda: print("closed", flush=True)], **options)
         watch.start()
@@ -445,7 +445,7 @@ def test_alone_nothing_is_watched(accelerator):
     threads = threading.active_count()
     watch = Watch(accelerator)
     watch.start()
-    watch.at(1, "the update")
+    watch.set_phase(1, "the update")
     assert threading.active_count() == threads
     watch.stop()
 
@@ -481,7 +481,7 @@ def test_outside_the_main_thread_nothing_is_installed():
 
 
 def terminate_a_forked_worker(queue):
-    stop = StopRequest(say=False)
+    stop = StopRequest(verbose=False)
     stop.install()
     ends = set()
     for pause in (0.0, 0.0, 0.0, 0.2):  # also before the child has run a line of its own
@@ -506,7 +506,7 @@ def test_a_forked_worker_ends_on_sigterm_as_ever():
 
 def leave_a_child_behind(queue):
     if os.fork() == 0:
-        stop = StopRequest(say=False, follow_parent=True)
+        stop = StopRequest(verbose=False, follow_parent=True)
         stop.install()
         queue.put("installed")
         until = time.monotonic() + 120

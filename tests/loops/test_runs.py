@@ -19,7 +19,6 @@ from loops import dpo, grpo, sft
 from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
 from loops.shared.run import (
     RunConfig,
-    _samples_with_vllm_here,
     available_cpus,
     claim_folder,
     one_sentence_errors,
@@ -648,14 +647,24 @@ def test_a_containers_quota_bounds_the_threads(tmp_path):
 
 
 @pytest.mark.parametrize(("engine", "loop", "reward", "set_"), [
-    ("vllm", "grpo", "x", False),
-    ("transformers", "grpo", "x", True),
-    ("vllm-server", "grpo", "x", True),
-    ("vllm", "sft", "x", False),
+    ("vllm", "grpo", "exact_answer", False),
+    ("transformers", "grpo", "exact_answer", True),
+    ("vllm-server", "grpo", "exact_answer", True),
+    ("vllm", "sft", "exact_answer", False),
     ("vllm", "sft", None, True),
 ])  # fmt: skip
-def test_an_allocator_that_vllms_sleep_cannot_use_is_not_set_beside_it(engine, loop, reward, set_):
-    assert _samples_with_vllm_here(loop, {"rollout": {"engine": engine}, "eval_reward": reward}) != set_
+def test_an_allocator_that_vllms_sleep_cannot_use_is_not_set_beside_it(engine, loop, reward, set_, monkeypatch):
+    asked = []
+
+    def start_run(*_, expandable_segments, **__):
+        asked.append(expandable_segments)
+        raise InterruptedError
+
+    monkeypatch.setattr(LOOPS[loop], "start_run", start_run)
+    words = ["--config", f"configs/{loop}.yaml", "--engine", engine, "--eval_reward", reward or "null"]
+    with pytest.raises(InterruptedError):
+        LOOPS[loop].main(load_config(LOOPS[loop].Config, words, prog=loop))
+    assert asked == [set_]
 
 
 def test_threads_that_the_user_chose_stay(tmp_path):

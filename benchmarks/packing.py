@@ -25,7 +25,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from benchmarks.compare import SHARED, evenly, read_rows, run_child, write_model, write_rows  # noqa: E402
 from benchmarks.scaling import SHAPES  # noqa: E402
-from data.pack import best_fit, cut_step, rows_of_step, steps_per_epoch  # noqa: E402
+from data.batches import best_fit, cut_step, rows_of_step, steps_per_epoch  # noqa: E402
 
 
 def run(strategy: str, rows_per_step: int, model: Path, rows: str, options, folder: Path) -> dict[str, float]:

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from configs.loader import dump_config, load_config
-from data import pack
+from data import batches, pack
 from data.chat import EncodeConfig, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.rewards import RewardConfig, build_reward_fn
@@ -45,7 +45,7 @@ class Config:
     model: models.ModelConfig = field(default_factory=models.ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
-    batch: pack.BatchConfig = field(default_factory=pack.BatchConfig)
+    batch: batches.BatchConfig = field(default_factory=batches.BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -78,7 +78,7 @@ def build_microbatches(rows, pairs, frozen, config, accelerator):
     """Packed micro-batches of this process's share of the rows (numbers of pairs); as many on every
     process. Each is (batch, reference's log-probabilities [B] out of `frozen` [pairs, 2], or None).
     """
-    cuts = pack.cut_step(
+    cuts = batches.cut_step(
         [pairs[row].num_tokens for row in rows],
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -252,7 +252,7 @@ def main(config: Config) -> None:
     packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
     reference = models.build_reference(policy)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
-    epoch_steps = pack.steps_per_epoch(len(pairs), rows_per_step)
+    epoch_steps = batches.steps_per_epoch(len(pairs), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
@@ -278,7 +278,7 @@ def main(config: Config) -> None:
 
     for step in range(start, total_steps):
         began = time.perf_counter()
-        rows = pack.rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed)
+        rows = batches.rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed)
         microbatches = build_microbatches(rows, pairs, frozen, config, accelerator)
         run.set_phase(step, "the update")
         sums = train_step(

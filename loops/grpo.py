@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import gather_object
 
 from configs.loader import dump_config, load_config
-from data import pack
+from data import batches, pack
 from data.chat import EncodeConfig, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.rewards import (
@@ -51,7 +51,7 @@ class Config:
     model: models.ModelConfig = field(default_factory=models.ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
-    batch: pack.BatchConfig = field(default_factory=pack.BatchConfig)
+    batch: batches.BatchConfig = field(default_factory=batches.BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -133,9 +133,9 @@ def sample_batch(step, groups, prompts, engine, reward_fn, config, accelerator):
     rank, processes = accelerator.process_index, accelerator.num_processes
     size, seed = config.prompts(processes), config.run.seed
     judges = groups is not None or not config.rollout.async_level  # not in the thread: see `Ahead`
-    rows = pack.rows_of_step(step, num_rows=len(prompts), rows_per_step=size, seed=seed)
+    rows = batches.rows_of_step(step, num_rows=len(prompts), rows_per_step=size, seed=seed)
     lengths = [len(prompts[row].prompt_ids) for row in rows]
-    places = pack.share_of_rank(lengths, rank=rank, num_processes=processes)
+    places = batches.share_of_rank(lengths, rank=rank, num_processes=processes)
     return sample_and_judge(
         engine,
         [prompts[rows[place]] for place in places],
@@ -176,7 +176,7 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
     asked = [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
     kept = [b for b, completion in enumerate(completions) if in_loss(completion, config)]
     kept = [b for b in kept if advantages[b] != 0 or config.beta != 0]
-    cuts = pack.cut_microbatches(
+    cuts = batches.cut_microbatches(
         [len(completions[b].token_ids) for b in kept],
         prompts=[asked[b].prompt_ids for b in kept],
         max_rows=config.batch.per_device_train_batch_size,
@@ -189,10 +189,9 @@ def build_microbatches(prompts, completions, advantages, config, accelerator):
         batch = pack.pack_completions(
             [asked[b].prompt_ids for b in rows],
             [c.token_ids for c in answers],
-            trained=[True] * len(answers),
             numbers=[asked[b].number for b in rows],
         ).to(accelerator.device)
-        sampled = batch.lay_out([c.logprobs for c in answers])
+        sampled = batch.to_padded([c.logprobs for c in answers])
         microbatches.append((batch, advantages[rows].to(accelerator.device), sampled))
     return microbatches
 
@@ -281,7 +280,7 @@ def main(config: Config) -> None:
     packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=say)
     reference = models.build_reference(policy) if config.beta else None
     rows_per_step = config.prompts(accelerator.num_processes)
-    epoch_steps = pack.steps_per_epoch(len(prompts), rows_per_step)
+    epoch_steps = batches.steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from configs.loader import dump_config, load_config
-from data import pack
+from data import batches, pack
 from data.chat import EncodeConfig, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.rewards import RewardConfig, build_reward_fn
@@ -37,7 +37,7 @@ class Config:
     model: models.ModelConfig = field(default_factory=models.ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
-    batch: pack.BatchConfig = field(default_factory=pack.BatchConfig)
+    batch: batches.BatchConfig = field(default_factory=batches.BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -54,7 +54,7 @@ class Config:
 def build_microbatches(rows, bins, config, accelerator):
     """Packed micro-batches of this process's share of the rows (numbers of bins: one example, or
     several that stay together); as many on every process."""
-    cuts = pack.cut_step(
+    cuts = batches.cut_step(
         [sum(len(example.input_ids) for example in bins[row]) for row in rows],
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -159,10 +159,10 @@ def main(config: Config) -> None:
     first = pack.pack_check([example.input_ids for example in examples[:2]], longest)
     wanted, compiled = config.batch.packing, config.model.compile
     packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
-    bins, packed = pack.pack_rows(examples, config.batch, seed=seed)
+    bins, packed = batches.build_bins(examples, config.batch, seed=seed)
     run.print_main(f"packing_strategy: {packed}")
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
-    epoch_steps = pack.steps_per_epoch(len(bins), rows_per_step)
+    epoch_steps = batches.steps_per_epoch(len(bins), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
@@ -180,7 +180,7 @@ def main(config: Config) -> None:
 
     for step in range(start, total_steps):
         began = time.perf_counter()
-        rows = pack.rows_of_step(step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed)
+        rows = batches.rows_of_step(step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed)
         denominator = sum(sum(example.is_target[1:]) for row in rows for example in bins[row])
         microbatches = build_microbatches(rows, bins, config, accelerator)
         run.set_phase(step, "the update")

@@ -160,7 +160,7 @@ def score(model: nn.Module, batch, *, temperature: float = 1.0, packing: bool = 
         return Scores(batch.scatter(logprobs), batch.scatter(entropy))
     with torch.compiler.set_stance("force_eager"):
         logprobs, entropy = _plain_forward(model, batch, temperature)
-    return Scores(batch.place(logprobs), batch.place(entropy))
+    return Scores(batch.scatter_entries(logprobs), batch.scatter_entries(entropy))
 
 
 def _plain_forward(model: nn.Module, batch, temperature: float) -> tuple[Tensor, Tensor]:

@@ -9,21 +9,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data.chat import Example, Pair
-from data.pack import (
+from data.batches import (
     BatchConfig,
     best_fit,
+    build_bins,
     cut_microbatches,
     cut_step,
-    empty_batch,
-    pack_examples,
-    pack_groups,
-    pack_pairs,
-    pack_rows,
     rows_of_step,
     share_of_rank,
     steps_per_epoch,
-)  # fmt: skip
+)
+from data.chat import Example, Pair
+from data.pack import empty_batch, pack_examples, pack_groups, pack_pairs
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 BFD = {"packing_strategy": "bfd", "max_tokens_per_batch": 64}
@@ -61,7 +58,7 @@ def test_padded_rows_are_the_same_sequences():
 
 
 def test_untrained_rows_have_no_targets_but_keep_their_place():
-    batch = pack_groups([([5], [[8], [9]])], trained=[False, True])
+    batch = pack_groups([([5], [[8], [9]])], is_target=[[False], [True]])
     assert batch.mask.tolist() == [[False], [True]] and batch.targets.tolist() == [9]
 
 
@@ -165,7 +162,7 @@ def test_a_million_rows_are_packed_in_seconds(kind, monkeypatch):
 def test_bins_hold_every_row_once_and_no_more_than_the_budget(strategy):
     lengths = drawn_lengths(400)
     config = BatchConfig(packing_strategy=strategy, max_tokens_per_batch=64)
-    bins, text = pack_rows(examples_of(lengths), config, seed=1)
+    bins, text = build_bins(examples_of(lengths), config, seed=1)
     assert sorted(e.number for rows in bins for e in rows) == list(range(400))
     sums = [sum(len(e.input_ids) for e in rows) for rows in bins]
     assert all(total <= 64 or len(rows) == 1 for total, rows in zip(sums, bins, strict=True))
@@ -173,9 +170,9 @@ def test_bins_hold_every_row_once_and_no_more_than_the_budget(strategy):
     assert sorted(alone) == [row for row, length in enumerate(lengths) if length > 64] and alone
     percent = 100 * sum(min(total, 64) for total in sums) / (64 * len(bins))
     assert text == f"{strategy}, 400 rows in {len(bins)} bins of 64 tokens, {percent:.1f} % full"
-    assert pack_rows(examples_of(lengths), config, seed=1) == (bins, text)
-    assert (pack_rows(examples_of(lengths), config, seed=2)[0] == bins) == (strategy == "bfd")
-    assert pack_rows(examples_of([3, 4]), BatchConfig(), seed=1) == ([[e] for e in examples_of([3, 4])], "step")
+    assert build_bins(examples_of(lengths), config, seed=1) == (bins, text)
+    assert (build_bins(examples_of(lengths), config, seed=2)[0] == bins) == (strategy == "bfd")
+    assert build_bins(examples_of([3, 4]), BatchConfig(), seed=1) == ([[e] for e in examples_of([3, 4])], "step")
 
 
 def test_best_fit_mixes_lengths_where_longest_first_does_not():
@@ -183,7 +180,7 @@ def test_best_fit_mixes_lengths_where_longest_first_does_not():
     short = {}
     for strategy in ("best_fit", "bfd"):
         config = BatchConfig(packing_strategy=strategy, max_tokens_per_batch=400)
-        bins, _ = pack_rows(examples_of([40] * 300 + [10] * 300), config, seed=0)
+        bins, _ = build_bins(examples_of([40] * 300 + [10] * 300), config, seed=0)
         short[strategy] = [sum(len(e.input_ids) == 10 for e in rows) / len(rows) for rows in bins]
     assert set(short["bfd"]) <= {0.0, 1.0}
     assert sorted(short["best_fit"])[len(short["best_fit"]) // 4] > 0.3
@@ -194,7 +191,7 @@ def test_best_fit_mixes_lengths_where_longest_first_does_not():
 def test_an_epoch_draws_every_bin_once_and_no_process_cuts_or_joins_them(processes, strategy):
     """Micro-batches are bins, as many on every process; the last step takes what is left, with empty ones."""
     config = BatchConfig(packing_strategy=strategy, max_tokens_per_batch=64, gradient_accumulation_steps=2)
-    bins, _ = pack_rows(examples_of(drawn_lengths(197, high=80)), config, seed=1)
+    bins, _ = build_bins(examples_of(drawn_lengths(197, high=80)), config, seed=1)
     per_step = config.rows_per_step(processes)
     steps = steps_per_epoch(len(bins), per_step)
     assert per_step == 2 * processes and len(bins) % per_step % 2  # a shorter last step, of an odd number

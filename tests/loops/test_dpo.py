@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
+from data.batches import BatchConfig
 from data.chat import EncodeConfig, Pair, encode_pair, encode_prompt
-from data.pack import BatchConfig, pack_pairs
+from data.pack import pack_pairs
 from loops import dpo
 from loops.shared.models import ModelConfig, build_reference
 from loops.shared.run import RunConfig
@@ -115,7 +116,7 @@ def test_what_both_completions_begin_with_is_computed_once():
     assert batch.targets.tolist() == [7, 8, 9, 4] and batch.predictors.tolist() == [1, 2, 3, 3]
     assert batch.mask.tolist() == [[True] * 3] * 2
     assert batch.scatter(batch.targets).tolist() == [[7, 8, 9], [7, 8, 4]]
-    assert batch.lay_out([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    assert batch.to_padded([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
     ids, attention, predictors = batch.padded()
     assert ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 4]] and predictors.tolist() == [1, 2, 3] * 2
     assert torch.equal(ids[batch.rows, predictors + 1], batch.targets[batch.sources])

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from data.batches import BatchConfig, rows_of_step, share_of_rank
 from data.chat import Example, Pair, Prompt
-from data.pack import BatchConfig, rows_of_step, share_of_rank
 from loops import dpo, grpo, sft
 from loops.shared.guards import FiniteGuard
 from loops.shared.models import build_reference

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from data.batches import BatchConfig
 from data.chat import Example
-from data.pack import BatchConfig, pack_examples
+from data.pack import pack_examples
 from loops import sft
 from loops.shared.guards import FiniteGuard
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from data.batches import BatchConfig, build_bins
 from data.chat import Example, Pair, Prompt
-from data.pack import BatchConfig, pack_rows
 from loops import dpo, grpo, sft
 from loops.shared.guards import FiniteGuard
 from loops.shared.models import build_reference
@@ -70,7 +70,7 @@ def one_step(
     common = (optimizer, scheduler)
     if loop == "sft":
         examples = [Example(ids, [True] * len(ids)) for ids in (draw(g, 2, 20) for _ in range(8))]
-        bins, _ = pack_rows(examples, config.batch, seed=0)
+        bins, _ = build_bins(examples, config.batch, seed=0)
         micro = sft.build_microbatches(range(len(bins)), bins, config, accelerator)
         count = sum(len(e.input_ids) - 1 for e in examples)
         sums = sft.train_step(wrapped, *common, micro, count, config, accelerator, packing, FiniteGuard(accelerator))

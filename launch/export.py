@@ -31,10 +31,10 @@ from transformers.utils import logging as transformers_logging
 
 from configs.text import read_file
 from loops.shared.checkpoint_folder import REPLACED, TEMPORARY, read_manifest, read_state, read_weights
+from loops.shared.layers import LOGITS_TOLERANCE
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer, resolve_dtype
 from loops.shared.run import one_sentence_errors
 from loops.shared.weights import (
-    LIMITS,
     WrongLogits,
     coarsest_dtype,
     compare_logits,
@@ -210,7 +210,7 @@ def export(trained: Trained, output: Path, *, merge: bool, dtype: torch.dtype | 
         del policy  # one model at a time
         reloaded = reload_folder(folder, trained.model, adapter=not merge, quantisation=quantisation)
         try:
-            sentence = compare_logits(expected, logits_of(reloaded), LIMITS[coarsest], coarsest)
+            sentence = compare_logits(expected, logits_of(reloaded), LOGITS_TOLERANCE[coarsest], coarsest)
         except WrongLogits as error:
             raise WrongLogits(f"{error}; nothing was kept.") from None
         shutil.rmtree(output, ignore_errors=True)  # an empty folder
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoints_dir", metavar="DIR", default="results", help="where to look (results)")
     parser.add_argument("--output", metavar="DIR", help="default: the source's name with .hf_model or .hf_peft")
     parser.add_argument("--no_merge", action="store_true", help="write the adapter instead of a whole model")
-    names = ["auto", *(str(dtype).removeprefix("torch.") for dtype in LIMITS)]
+    names = ["auto", *(str(dtype).removeprefix("torch.") for dtype in LOGITS_TOLERANCE)]
     parser.add_argument("--dtype", choices=names, default="auto", help="of the written weights (auto: as in training)")
     try:
         with one_sentence_errors(parser.prog):

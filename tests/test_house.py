@@ -30,7 +30,7 @@ ALLOWED = {  # room -> what its files may import besides the standard library an
 }
 INSIDE_FUNCTIONS = {"bitsandbytes", "torchao", "flash_attn", "vllm", "mlflow", "wandb", "tensorboard", "rouge_score"}
 INSIDE_FUNCTIONS |= {"sagemaker", "boto3", "botocore", "moto", "pyarrow"}
-SHARED = {"__init__", "run", "models", "policy", "attention", "optim", "offload", "weights", "checkpoint", "tracking"}
+SHARED = {"__init__", "run", "models", "policy", "attention", "optim", "layers", "weights", "checkpoint", "tracking"}
 SHARED |= {"sharding", "guards", "checkpoint_folder", "optimizer_state"}
 
 

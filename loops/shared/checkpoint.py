@@ -19,7 +19,6 @@ import math
 import os
 import pickle
 import random
-import re
 import shutil
 import threading
 import time
@@ -61,7 +60,7 @@ from loops.shared.checkpoint_folder import (
     stored_tensors,
     whole_checkpoints,
 )
-from loops.shared.models import reshard
+from loops.shared.layers import plain_name, reshard
 from loops.shared.optimizer_state import put_back, take_apart
 
 if TYPE_CHECKING:
@@ -71,7 +70,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPORT = ".report"  # ending of what each rank leaves in the temporary folder when its files are on disk
-WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")  # put into names by torch.compile and checkpointing
 
 Best = tuple[str, float, bool]  # name of a metric, its value now, whether greater is better
 
@@ -557,7 +555,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     """Trainable parameters of an unwrapped model under the names they have without wrappers; tied weights once."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield WRAPPERS.sub("", name), parameter
+            yield plain_name(name), parameter
 
 
 def raise_first(accelerator: Accelerator, problem: BaseException | None) -> None:

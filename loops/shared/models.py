@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from loops.shared.layers import checkpoint_activations, offload_activations, reshard
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -317,23 +319,9 @@ def build_policy(
     if config.gradient_checkpointing:
         checkpoint_activations(base)
     if config.activation_offloading:
-        from loops.shared.offload import offload_activations  # here: it knows the layers from sharding.py
-
         offload_activations(policy)
     _steady_bitsandbytes(policy)
     return policy.train()
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Recompute the decoder layers' activations in backward.
-
-    Checkpoints without reentrance need no input that requires a gradient, so frozen embeddings stay frozen; and
-    transformers' own put no wrapper between a module and its name.
-    """
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int, int]:
@@ -392,15 +380,6 @@ class Reference:
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
                 policy.train(was_training)
-
-
-def reshard(model: nn.Module) -> None:
-    """Back to the shards: after a forward without backward FSDP2 leaves its last units gathered. Inert elsewhere."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from loops.shared.attention import Layout, NotPackable, compare_masks, register_attention
-from loops.shared.weights import LIMITS as ROUNDING
+from loops.shared.layers import LOGITS_TOLERANCE, base_model, largest_list
 from losses.logprobs import token_logprobs
 
 
@@ -72,13 +72,6 @@ def head_scaling(config) -> tuple[float | None, float]:
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1.0
     return softcap, scale / (getattr(config, "logits_scaling", None) or 1.0)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The causal LM below DDP and PEFT wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def learned_positions(model: nn.Module) -> int | None:
@@ -145,8 +138,7 @@ def compile_layers(model: nn.Module) -> None:
     The packed attention stays outside (its layout is new in every batch), so one warm-up serves all batches. Sampling
     and the plain forward run the same layers uncompiled.
     """
-    lists = [module for module in base_model(model).get_decoder().modules() if isinstance(module, nn.ModuleList)]
-    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
+    for layer in largest_list(base_model(model).get_decoder()):
         layer.compile(dynamic=True)
 
 
@@ -265,7 +257,7 @@ def check_causal(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> None
     model.train(was_training)
     each = (logits[0] - logits[1]).square().mean(-1).sqrt()  # [tokens]
     moved = (each[:-1].mean() / each[-1]).item()
-    if moved > ROUNDING[compute_dtype]:
+    if moved > LOGITS_TOLERANCE[compute_dtype]:
         raise ValueError(
             f"model_id: {type(base_model(model)).__name__} is not causal: logits before a token move {moved:.2g} times "
             "as much as its own when that token changes, so it would see what it is to predict; choose a decoder, or "

@@ -31,9 +31,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
-from loops.shared.checkpoint import WRAPPERS, NotSaved, Saver, load_checkpoint
+from loops.shared.checkpoint import NotSaved, Saver, load_checkpoint
 from loops.shared.checkpoint_folder import find_checkpoint, read_extra, read_manifest, read_state
 from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
+from loops.shared.layers import plain_name
 from loops.shared.models import ModelConfig, Reference
 from loops.shared.rollout.config import Sampling
 from loops.shared.sharding import (
@@ -753,7 +754,7 @@ def weights_digest(model: Any, values: bool) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
-        digest.update(f"{WRAPPERS.sub('', name)} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(f"{plain_name(name)} {tuple(weight.shape)} {weight.dtype}".encode())
         if values and not weight.is_meta:
             digest.update(flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from loops.shared.models import checkpoint_activations
+from loops.shared.layers import checkpoint_activations, layer_classes
 
 if TYPE_CHECKING:
     from loops.shared.models import Reference
@@ -243,17 +243,6 @@ def build_accelerator(
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the accelerator shards models over processes."""
     return accelerator.distributed_type == DistributedType.FSDP
-
-
-def layer_classes(model: nn.Module) -> list[str]:
-    """Classes to shard as units: the declared ones that are there, else the class of the repeated block."""
-    present = {type(module).__name__ for module in model.modules()}
-    names = sorted(set(getattr(model, "_no_split_modules", None) or ()) & present)
-    if not names:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
-        largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
-        names = sorted({type(block).__name__ for block in largest})
-    return names
 
 
 def prepare(

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loops.shared.layers import LOGITS_TOLERANCE, WRAPPERS, base_model, plain_name, reshard
 from loops.shared.models import (
     ADAPTER,
     ModelConfig,
     adapted_name,
     quiet_peft,
     refuse_unmergeable,
-    reshard,
     resolve_dtype,
 )
 
@@ -29,13 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Children that wrappers (activation checkpointing, torch.compile) put between a module and its name.
-_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")
 _MAX_SHARD_SIZE = "5GB"
-# How far the reloaded model's logits may lie from the policy's: root mean square of the difference over the standard
-# deviation of the logits, by the coarsest dtype on the way. Measured on 28 to 36 random layers: 1e-6 in float32, 3e-3
-# to 5e-3 in float16, 0.02 to 0.04 in bfloat16 (the policy adds the adapter after rounding, the merged model before).
-LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 SHAPE_COMPARED = (2, 16)  # sequences and tokens of the comparison
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _CARD_SECTIONS = ("base_model", "loop", "dataset", "command", "settings", "metrics", "versions")
@@ -56,13 +50,12 @@ def iter_weights(
 
     Raises ValueError: there is an adapter that merging does not know.
     """
-    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
     if adapter:
         refuse_unmergeable(model)
     reshard(model)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     seen: set[int] = set()
     for name, owner, tensor, own in _walk(base, ""):
         if not isinstance(owner, LoraLayer):
@@ -111,7 +104,7 @@ def export_model(
 
     folder = Path(folder)
     adapter_only = isinstance(model, PeftModel) and not merge
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     tensors = trained_tensors(model, dtype) if adapter_only else iter_weights(model, dtype=dtype)
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     gathered = {name: tensor.cpu() for name, tensor in tensors if writes}
@@ -210,11 +203,12 @@ def logits_of(model: Any, device: torch.device | str | None = None) -> Tensor:
 def coarsest_dtype(model: nn.Module, *others: torch.dtype | None) -> torch.dtype:
     """The dtype on the way to a model's logits that decides how far those of its export may lie from them."""
     parameters = list(model.parameters())
-    dtypes = {tensor.dtype for tensor in parameters if tensor.dtype in LIMITS} | {other for other in others if other}
+    dtypes = {tensor.dtype for tensor in parameters if tensor.dtype in LOGITS_TOLERANCE}
+    dtypes |= {other for other in others if other}
     dtypes |= {dtype for m in model.modules() if isinstance(dtype := getattr(m, "compute_dtype", None), torch.dtype)}
     if parameters[0].device.type != "cpu":
         dtypes.add(torch.float16)  # TF32, which CUDA's convolutions take, has its digits
-    return max(dtypes, key=LIMITS.__getitem__)
+    return max(dtypes, key=LOGITS_TOLERANCE.__getitem__)
 
 
 def compare_logits(expected: Tensor, found: Tensor, limit: float, dtype: torch.dtype) -> str:
@@ -241,7 +235,7 @@ def check_export(
 
     Raises WrongLogits: the folder, loaded afresh on the CPU, does not give the `expected` logits.
     """
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_model(model)
     if accelerator.device.type != "cpu" and getattr(base, "is_quantized", False) and not config.load_in_4bit:
         return "a CPU rounds the products of its quantised base otherwise"
     dtype = resolve_dtype(config, accelerator.device)
@@ -256,7 +250,7 @@ def check_export(
         )
     )
     try:
-        compare_logits(expected, found, LIMITS[coarsest], coarsest)
+        compare_logits(expected, found, LOGITS_TOLERANCE[coarsest], coarsest)
     except WrongLogits as error:
         raise WrongLogits(f"{error}; what was written is left in {folder}.") from None
     return None
@@ -322,7 +316,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tens
             if name not in module._non_persistent_buffers_set:
                 yield f"{prefix}{name}", module, buffer, None
         for name, child in module.named_children():
-            yield from _walk(child, prefix if name in _WRAPPED else f"{prefix}{name}.")
+            yield from _walk(child, prefix if name in WRAPPERS else f"{prefix}{name}.")
 
 
 def _plain(owner: nn.Module, tensor: Tensor) -> Tensor:
@@ -382,8 +376,7 @@ def trained_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tup
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensor = _whole(parameter)
-            name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
-            yield name, tensor if dtype is None else tensor.to(dtype)
+            yield plain_name(name), tensor if dtype is None else tensor.to(dtype)
 
 
 def plain_class(model: nn.Module) -> Any:
@@ -402,9 +395,8 @@ def _clean_twin(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor
 
     An adapter on one end of tied weights parts them: the twin is then built untied, and says so in its config.
     """
-    from peft import PeftModel
 
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     config = copy.deepcopy(base.config)
     config._attn_implementation = "eager"  # the twin never runs, so it must not ask for a kernel
     if hasattr(config, "quantization_config"):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from configs.text import dump_yaml
-from launch.export import LIMITS, WrongLogits, compare_logits, find_trained, logits_of, main, rebuild_policy
+from launch.export import LOGITS_TOLERANCE, WrongLogits, compare_logits, find_trained, logits_of, main, rebuild_policy
 from loops.shared.checkpoint import Saver
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer
 from loops.shared.weights import export_model, iter_weights
@@ -112,7 +112,7 @@ def test_a_checkpoint_becomes_a_model_with_the_policys_logits(accelerator, tmp_p
     assert type(exported) is Qwen3ForCausalLM and not hasattr(exported.config, "quantization_config")
     base_dtype = getattr(torch, KINDS[kind].get("torch_dtype", "float32"))
     assert {p.dtype for p in exported.parameters()} == {base_dtype}
-    assert spread(policy, output) < LIMITS[base_dtype]
+    assert spread(policy, output) < LOGITS_TOLERANCE[base_dtype]
     moved = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype=base_dtype).eval())
     assert (moved - logits_of(policy)).std() > 0.1, "training must move what the comparison compares"
     assert AutoTokenizer.from_pretrained(output).eos_token_id == 1

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from loops.shared.sharding import layer_classes
+from loops.shared.layers import layer_classes
 
 LAYERS = 4
 EXPECTED = {  # transformers' model type -> the class of its repeated block
@@ -133,7 +133,7 @@ def test_a_model_without_repeated_blocks_has_none() -> None:
 
 def test_packing_and_offloading_do_not_hide_it() -> None:
     """Both put a subclass in the place of a class."""
-    from loops.shared.offload import offload_activations
+    from loops.shared.layers import offload_activations
     from loops.shared.policy import enable_packing
 
     model = adapted(on_meta("llama"))

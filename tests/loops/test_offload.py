@@ -13,18 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import loops.shared.offload as offload
+import loops.shared.layers as layers
 from data.pack import pack_groups
-from loops.shared.offload import offload_activations
+from loops.shared.layers import layer_classes, offload_activations
 from loops.shared.policy import enable_packing, score
-from loops.shared.sharding import layer_classes
 
 LAYERS, HIDDEN = 3, 32
 
 
 @pytest.fixture(autouse=True)
 def tiny_tensors_count(monkeypatch):
-    monkeypatch.setattr(offload, "MIN_BYTES", 256)
+    monkeypatch.setattr(layers, "MIN_BYTES", 256)
 
 
 @pytest.fixture
@@ -36,12 +35,12 @@ def parked(monkeypatch) -> list[torch.UntypedStorage]:
 def record(setattr_=setattr) -> list[torch.UntypedStorage]:
     storages = []
 
-    class Recorded(offload._Parked):
+    class Recorded(layers._Parked):
         def __init__(self, storage):
             storages.append(storage)
             super().__init__(storage)
 
-    setattr_(offload, "_Parked", Recorded)
+    setattr_(layers, "_Parked", Recorded)
     return storages
 
 
@@ -211,7 +210,7 @@ def sharded_gradients_are_the_same() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    offload.MIN_BYTES = 256
+    layers.MIN_BYTES = 256
     storages = record()
     mesh = init_device_mesh("cpu", (2,))
     for checkpointing in (False, True):
@@ -241,7 +240,7 @@ def test_memory_on_a_gpu_falls_by_the_layers_activations(checkpointing, monkeypa
     forward at least nine tenths of that are gone, and the gradients are the same to the bit."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    monkeypatch.setattr(offload, "MIN_BYTES", 2**16)
+    monkeypatch.setattr(layers, "MIN_BYTES", 2**16)
     shape = dict(vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8)
     held, results = [], []
     for offloaded in (False, True):

@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import Cache
 
+from loops.shared.layers import base_model
 from loops.shared.models import stop_token_ids
 from loops.shared.policy import learned_positions
 from loops.shared.rollout.cache import PromptCache
@@ -72,7 +72,7 @@ class TransformersEngine:
         self._prefill_token_budget = prefill_token_budget
         self._check_every = check_every
         self._autocast = autocast or nullcontext
-        causal_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal_model = base_model(model)
         # Of the class: accelerate may have put a wrapper without names in front of the instance's.
         self._arguments = set(inspect.signature(type(causal_model).forward).parameters)
         if "past_key_values" not in self._arguments:  # it would be swallowed, and each token drawn from the last alone

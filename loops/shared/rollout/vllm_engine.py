@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from loops.shared.layers import base_model, unwrap
 from loops.shared.models import stop_token_ids
 from loops.shared.rollout.config import RolloutConfig, Sampling
 from loops.shared.rollout.engine import Arrived, Completion, SyncReport, check_call
@@ -36,7 +37,6 @@ from loops.shared.rollout.weight_transfer import (
     give_up,
     register,
     unserved_adapter,
-    unwrapped,
     write_adapter,
 )
 from loops.shared.weights import iter_weights, plain_class
@@ -63,7 +63,7 @@ class Served:
         """
         from peft import PeftModel
 
-        model: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        model = base_model(policy)
         self.config, self.tokenizer = config, tokenizer
         self.device = next(policy.parameters()).device.type
         self.dtype = _dtype(config, policy, autocast or nullcontext)
@@ -288,7 +288,7 @@ class VllmEngine:
         Raises ValueError: vLLM has no place for a tensor, or one is missing.
         """
         start = time.perf_counter()
-        policy, served = unwrapped(policy), self._served
+        policy, served = unwrap(policy), self._served
         with self._lock, torch.no_grad():
             version, self._serves = self.weight_version + 1, False
             if self._asleep:

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from loops.shared.layers import unwrap
 from loops.shared.rollout.config import Sampling
 from loops.shared.rollout.engine import Arrived, Completion, SyncReport
 from loops.shared.rollout.vllm_engine import Served, one_sentence
@@ -45,7 +46,6 @@ from loops.shared.rollout.weight_transfer import (
     buckets,
     free_port,
     give_up,
-    unwrapped,
     write_adapter,
 )
 from loops.shared.run import server_key
@@ -389,7 +389,7 @@ class VllmServerEngine:
         Raises ValueError: vLLM has no place for a tensor, or one is missing; RuntimeError: no server takes the weights.
         """
         start = time.perf_counter()
-        policy, served = unwrapped(policy), self._served
+        policy, served = unwrap(policy), self._served
         tensors = size = 0
         with self._weights_lock, torch.no_grad():
             version = self._announced = self.weight_version + 1

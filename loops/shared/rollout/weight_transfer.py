@@ -41,11 +41,6 @@ Control = Callable[..., None]
 # ---- what is sent ----------------------------------------------------------------------------------------------------
 
 
-def unwrapped(policy: nn.Module) -> nn.Module:
-    """The policy without the wrapper of data-parallel training."""
-    return policy.module if isinstance(policy, nn.parallel.DistributedDataParallel) else policy
-
-
 def unserved_adapter(policy: nn.Module) -> str | None:
     """Why vLLM cannot serve the policy's adapter by itself; None where it can."""
     from peft import LoraConfig, PeftModel

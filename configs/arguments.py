@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 COMMAND_LINE = "the command line"
@@ -13,14 +14,17 @@ OPTIONS = {  # option of every command -> what it needs
 }
 
 
-def split_arguments(argv: Sequence[str]) -> tuple[list[tuple[str, Any]], dict[str, list[str]]]:
+def split_arguments(
+    argv: Sequence[str], positional: Sequence[str] = ()
+) -> tuple[list[tuple[str, Any]], dict[str, list[str]]]:
     """(key, value) pairs of a command line, and the values of the options that are no keys (`OPTIONS`).
 
-    A bare `--key` is True; several values (`--key a b`) are a list.
+    A bare `--key` is True; several values (`--key a b`) are a list. `positional`: keys of the words in front of all.
     """
-    pairs: list[tuple[str, Any]] = []
+    leading = list(takewhile(lambda word: not word.startswith("-"), argv[: len(positional)]))
+    pairs: list[tuple[str, Any]] = list(zip(positional, leading, strict=False))
     options: dict[str, list[str]] = {}
-    position = 0
+    position = len(leading)
     while position < len(argv):
         written, has_value, value = argv[position].partition("=")
         if not written.startswith("--"):
@@ -40,3 +44,13 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[tuple[str, Any]], dict[st
         else:
             options.setdefault(key, []).extend(values)
     return pairs, options
+
+
+def join_arguments(pairs: Sequence[tuple[str, Any]]) -> list[str]:
+    """The words of a command line that `split_arguments` reads as these pairs."""
+    words = []
+    for key, value in pairs:
+        words += (
+            [f"--{key}", *value] if isinstance(value, list) else [f"--{key}" if value is True else f"--{key}={value}"]
+        )
+    return words

@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
@@ -45,11 +45,13 @@ def load_config(
     prog: str,
     also_in_files: tuple[type, ...] = (),
     prints: bool = True,
+    positional: Sequence[str] = (),
 ) -> ConfigType:
     """The config that `argv` (default: this process's arguments) asks for.
 
     `config_class` is a frozen dataclass with a default for every field; fields that are dataclasses are sections.
-    Files may hold the keys of the classes `also_in_files`, which do nothing here.
+    Files may hold the keys of the classes `also_in_files`, which do nothing here. Words in front of all keys are the
+    values of the keys `positional`.
     `--channels KEY=FOLDER` has a SageMaker job's folders take the place of what the files name (`configs/channels.py`).
     `--help` and `--print_config` print and exit 0. Unknown keys, wrong types, unreadable files and every `ValueError`
     of a `__post_init__` exit 2 with one sentence that names the file or the command line, the key and what to change
@@ -58,11 +60,11 @@ def load_config(
     argv = sys.argv[1:] if argv is None else argv
     leaves = find_leaves(config_class)
     if "--help" in argv or "-h" in argv:
-        print(format_help(config_class, prog), end="")
+        print(format_help(config_class, prog, positional), end="")
         raise SystemExit(0)
     notes: list[str] = []
     try:
-        arguments, options = split_arguments(argv)
+        arguments, options = split_arguments(argv, positional)
         others = {name: leaf for other in also_in_files for name, leaf in find_leaves(other).items()}
         ignored = {name: leaf for name, leaf in others.items() if name not in leaves}
         values: Values = {}
@@ -115,18 +117,20 @@ def find_leaves(config_class: type) -> dict[str, Leaf]:
     return leaves
 
 
-def format_help(config_class: type, prog: str) -> str:
+def format_help(config_class: type, prog: str, positional: Sequence[str] = ()) -> str:
     """Every key with its docstring, type and default, grouped by section."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     leaves = find_leaves(config_class)
     other = [f"{name} -> {key}" for name, key in RENAMED.items() if key in leaves]
     parser = ArgumentParser(
         prog=prog,
-        usage="%(prog)s [--config FILE ...] [--KEY VALUE ...] [--print_config] [--help]",
+        usage="%(prog)s "
+        + "".join(f"[{name.upper()}] " for name in positional)
+        + "[--config FILE ...] [--KEY VALUE ...] [--print_config] [--help]",
         description="Defaults < --config files (YAML or JSON), in their order < keys given here. A key may be written "
         "with hyphens\nand without its section: --optim.learning_rate 1e-5 and --learning-rate=1e-5 mean the same.\n"
         "--print_config prints all settings as YAML and stops.",
-        epilog="also understood: " + ", ".join([*other, *COMPUTED]),
+        epilog="also understood: " + ", ".join([*other, *COMPUTED]) if "model_id" in leaves else None,
         formatter_class=_HelpFormatter,
         add_help=False,
     )

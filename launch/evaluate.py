@@ -30,12 +30,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from configs.arguments import join_arguments, split_arguments
 from configs.loader import dump_config, load_config
 from configs.spellings import RENAMED
 from data.chat import EncodeConfig, Prompt, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, convert_rows, load_rows, read_rows
 from data.rewards import RewardConfig, RewardFn, build_reward_fn
-from launch.export import Trained, find_trained, rebuild_policy, run_folder_of
+from launch.trained import Trained, find_trained, rebuild_policy, run_folder_of
 from loops import dpo, grpo, sft
 from loops.shared.models import ModelConfig, add_stop_tokens, build_policy, build_tokenizer, find_source, resolve_dtype
 from loops.shared.rollout import Completion, RolloutConfig, build_engine
@@ -79,34 +80,33 @@ def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None
     The loops' own keys are understood in files, where they do nothing; here they are unknown. Without a model, a config
     file and `model_id`, the model is the newest checkpoint below `--checkpoints_dir` (results).
     """
-    words = list(argv)
-    name = words.pop(0) if words and not words[0].startswith("-") else None
+    loops = (sft.Config, dpo.Config, grpo.Config)
+    if {"--help", "-h"} & set(argv):
+        load_config(Config, ["--help"], prog=PROG)
+    pairs, options = split_arguments(argv, ("source",))
     own: dict[str, str] = {}  # what only this command has
-    rest: list[str] = []
     keys: set[str] = set()
-    while words:
-        key, equals, value = words.pop(0).partition("=")
-        plain = key.removeprefix("--").replace("-", "_").rpartition(".")[2] if key.startswith("--") else ""
+    rest: list[tuple[str, Any]] = []
+    for key, value in pairs:
+        plain = key.rpartition(".")[2]
         keys.add(RENAMED.get(plain, plain))
-        if plain in ("output", "output_dir", "checkpoints_dir"):
-            if not equals and not words:
-                raise ValueError(f"the command line: `{key}` needs a folder.")
-            own[plain.removesuffix("_dir")] = value if equals else words.pop(0)
-        elif plain == "temperature" and re.fullmatch(r"0+\.?0*|\.0+", value if equals else (words or [""])[0]):
-            words = words if equals else words[1:]
+        if plain in ("source", "output", "output_dir", "checkpoints_dir"):
+            if not isinstance(value, str):
+                raise ValueError(f"the command line: `--{plain}` needs a folder.")
+            own[plain.removesuffix("_dir")] = value
+        elif plain == "temperature" and re.fullmatch(r"0+\.?0*|\.0+", str(value)):
             keys = keys - {plain} | {"greedy"}
         else:
-            rest.append(f"--{SAID_HERE[plain]}{equals}{value}" if plain in SAID_HERE else key + equals + value)
-    elsewhere = keys & {"config", "model_id", "help", "print_config"} or "-h" in rest
-    if name is None and (own.get("checkpoints") or not elsewhere):
+            rest.append((SAID_HERE.get(plain, key), value))
+    name = own.get("source")
+    if name is None and ("checkpoints" in own or not (options or "model_id" in keys)):
         name = str(find_trained(None, checkpoints_dir=own.get("checkpoints", "results")).path)
         if prints:
             print(f"{PROG}: the newest checkpoint is {name}", file=sys.stderr)
     run = run_folder_of(Path(name).expanduser()) if name else None
-    if run:
-        rest = ["--config", str(run / "config.yaml"), *rest]
-    loops = () if {"--help", "-h"} & set(rest) else (sft.Config, dpo.Config, grpo.Config)
-    config: Config = load_config(Config, rest, prog=PROG, also_in_files=loops, prints=prints)
+    files = [*([str(run / "config.yaml")] if run else []), *options.pop("config", [])]
+    words = [f"--{option}" for option in options] + [word for path in files for word in ("--config", path)]
+    config: Config = load_config(Config, [*words, *join_arguments(rest)], prog=PROG, also_in_files=loops, prints=prints)
     return name, own.get("output"), with_sampling(config, keys)
 
 

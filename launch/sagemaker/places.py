@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.arguments import split_arguments
+from configs.arguments import join_arguments, split_arguments
 from configs.channels import CHANNELS
 
 JOBS_OWN = ("--output_dir=/opt/ml/checkpoints", "--resume_from=latest", "--run_name=JOB_NAME")
@@ -120,11 +120,9 @@ def loop_words(
             say(f"output_dir is {places.checkpoints}, the folder that SageMaker saves, and not {output_dir}")
         output_dir = str(places.checkpoints)
     line = ["--resume_from=latest", *(word for path in files for word in ("--config", path))]
-    for key, value in pairs:
-        text = json.dumps(value) if isinstance(value, list) else value
-        line.append(f"--{key}" if value is True else f"--{key}={text}")
     folders = [f"{key}={folder}" for key, folder in _channels(places, loop).items()]
-    return [*line, f"--output_dir={output_dir}", *(["--channels", *folders] if folders else [])]
+    line += [*join_arguments(pairs), f"--output_dir={output_dir}"]
+    return [*line, *(["--channels", *folders] if folders else [])]
 
 
 def _channels(places: Places, loop: str) -> dict[str, Path]:

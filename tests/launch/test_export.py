@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from configs.text import dump_yaml
-from launch.export import LOGITS_TOLERANCE, WrongLogits, compare_logits, find_trained, logits_of, main, rebuild_policy
+from launch.export import LOGITS_TOLERANCE, WrongLogits, compare_logits, logits_of, main
+from launch.trained import find_trained, rebuild_policy
 from loops.shared.checkpoint import Saver
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer
 from loops.shared.weights import export_model, iter_weights

@@ -1,20 +1,23 @@
 """Flat batches: every token once, no padding, shared prompts kept once.
 
-A batch is one row of N tokens cut into segments. A segment either stands alone or continues one other segment, its
-prefix: an SFT sequence is one segment; a preference pair is a prompt and two segments that continue it; a GRPO group is
-a prompt and its completions. A segment's tokens attend causally to its prefix, then to themselves, and to nothing else.
+A batch is one row of N tokens cut into segments. A segment either stands alone or continues another segment, its
+prefix, which may continue a third: segments form trees. An SFT sequence is one segment; a preference pair is a prompt
+and two segments that continue it; a GRPO group is a prompt and its completions; turns that share a beginning are a
+deeper tree. A segment's tokens attend causally to all segments that they continue and to themselves, to nothing else.
+A row is the path from a root to one segment, and positions count along it.
 
 This is the one place that shifts: target k is predicted by the hidden state at flat index `predictors[k]`, which for
-the first token of a completion is the last token of its prompt. Everything after works on `[B, T]` with a mask. A
-target of a segment that several rows continue (what both completions of a pair begin with) is computed once and stands
-in each of these rows.
+the first token of a segment is the last token of its prefix. Everything after works on `[B, T]` with a mask. A target
+of a segment that several rows go through (what both completions of a pair begin with) is computed once and is an entry
+of each of these rows.
 
-Legend: N tokens of the batch, K targets, M places of targets, B sequences (rows), T columns (of the longest row).
+Legend: N tokens of the batch, K targets, M entries of the mask, B sequences (rows), T columns (of the longest row).
 """
 
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -43,10 +46,10 @@ class PackedBatch:
     row_offsets: torch.Tensor  # [B] tokens of the row before column 0
     predictors: torch.Tensor  # [K] flat index of the hidden state that predicts each target
     targets: torch.Tensor  # [K] token ids
-    sources: torch.Tensor  # [M] number of the target at each place; K = M unless rows have targets in common
-    rows: torch.Tensor  # [M] the places in [B, T]
-    columns: torch.Tensor  # [M]
-    mask: torch.Tensor  # [B, T] True where a target stands
+    sources: torch.Tensor  # [M] number of the target at each entry; K = M unless rows have targets in common
+    rows: torch.Tensor  # [M] row of each entry
+    columns: torch.Tensor  # [M] column of each entry
+    mask: torch.Tensor  # [B, T] True at the entries
     numbers: tuple[int, ...] = ()  # of the data's rows that are in it, for messages
 
     @property
@@ -70,10 +73,11 @@ class PackedBatch:
 
     def to_padded(self, values: Sequence[Sequence[float]]) -> torch.Tensor:
         """Ragged lists (`values[b][t]` belongs to column t) to fp32 [B, T], zero outside the mask."""
-        laid = torch.zeros(self.mask.shape)
-        for b, row in enumerate(values):
-            laid[b, : len(row)] = torch.tensor(row)
-        return laid.to(self.mask.device).masked_fill(~self.mask, 0.0)
+        flat = torch.tensor(list(itertools.chain.from_iterable(values)), dtype=torch.get_default_dtype())
+        lengths = torch.tensor([len(row) for row in values], dtype=torch.long)
+        padded = flat.new_zeros(self.mask.shape)
+        padded[torch.arange(padded.shape[1]) < lengths[:, None]] = flat
+        return padded.to(self.mask.device).masked_fill(~self.mask, 0.0)
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same rows as a plain right-padded batch: (input_ids [B, L], attention_mask [B, L], predictors [M])."""
@@ -93,65 +97,90 @@ class PackedBatch:
 
 
 class _Builder:
-    """Collects segments and targets, then makes the tensors in one go."""
+    """Collects segments and rows; `batch` makes the tensors."""
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
+        self.ids: list[Sequence[int]] = []  # per segment, as `flags`, `firsts` and `lasts`
+        self.flags: list[Sequence[int]] = []
+        self.firsts: list[int] = []  # position of its first token
+        self.lasts: list[int] = []  # flat index of the last token of the path that it ends, -1 for no token
         self.segments: list[Segment] = []
         self.row_segments: list[int] = []
         self.row_offsets: list[int] = []
-        self.predictors: list[int] = []
-        self.targets: list[int] = []
-        self.sources: list[int] = []
-        self.rows: list[int] = []
-        self.columns: list[int] = []
-        self.width = 0
+        self.num_tokens = 0
 
-    def segment(self, ids: Sequence[int], prefix: int = -1) -> int:
-        """Append a segment; returns its number."""
-        first = self.segments[prefix].length if prefix >= 0 else 0
-        self.segments.append(Segment(len(self.ids), len(ids), prefix))
-        self.ids.extend(ids)
-        self.positions.extend(range(first, first + len(ids)))
+    def segment(self, ids: Sequence[int], is_target: Sequence[int] | None = None, prefix: int = -1) -> int:
+        """Append a segment, without targets where `is_target` is None; returns its number."""
+        self.ids.append(ids)
+        self.flags.append(bytes(len(ids)) if is_target is None else is_target)
+        self.firsts.append(self.firsts[prefix] + self.segments[prefix].length if prefix >= 0 else 0)
+        self.segments.append(Segment(self.num_tokens, len(ids), prefix))
+        self.num_tokens += len(ids)
+        self.lasts.append(self.num_tokens - 1 if len(ids) else self.lasts[prefix] if prefix >= 0 else -1)
         return len(self.segments) - 1
 
-    def train(self, number: int, is_target: Sequence[bool], skip: int = 0) -> tuple[list[int], list[int]]:
-        """Make the flagged tokens of a segment targets, `is_target[0]` being token `skip`; the first token of a segment
-        without prefix has no predictor and is none. Returns (numbers of the targets, places of their flags)."""
-        start, _, prefix = self.segments[number]
-        places = [t for t, wanted in enumerate(is_target) if wanted and (t + skip or prefix >= 0)]
-        known, first = len(self.targets), start + skip
-        self.targets.extend([self.ids[first + t] for t in places])
-        self.predictors.extend([first + t - 1 for t in places])
-        if places and first + places[0] == start:  # a segment's first token is predicted by its prefix's last one
-            self.predictors[known] = self.segments[prefix].start + self.segments[prefix].length - 1
-        return list(range(known, len(self.targets))), places
-
-    def row(self, segment: int, sources: Sequence[int], columns: Sequence[int], *, offset: int, width: int) -> None:
-        """End a row with `segment`: target `sources[i]` stands in column `columns[i]` of `width`, the row's token
-        `offset + columns[i]`."""
-        self.rows.extend([len(self.row_segments)] * len(columns))
+    def row(self, segment: int, offset: int) -> None:
+        """End a row with `segment`; its column 0 is the row's token `offset`."""
         self.row_segments.append(segment)
         self.row_offsets.append(offset)
-        self.sources.extend(sources)
-        self.columns.extend(columns)
-        self.width = max(self.width, width)
 
     def batch(self, numbers: Iterable[int] = ()) -> PackedBatch:
-        names = ("row_offsets", "predictors", "targets", "sources", "rows", "columns")
-        tensors = {name: torch.tensor(getattr(self, name), dtype=torch.long) for name in names}
-        mask = torch.zeros(len(self.row_segments), self.width, dtype=torch.bool)
-        mask[tensors["rows"], tensors["columns"]] = True
+        """The batch; a flagged token that nothing precedes has no predictor and is no target."""
+        starts, lengths, prefixes = torch.tensor(self.segments, dtype=torch.long).unbind(1)
+        firsts, lasts = torch.tensor(self.firsts), torch.tensor([*self.lasts, -1])  # lasts[-1]: of no prefix
+        flat = torch.arange(self.num_tokens)
+        position_ids = flat - (starts - firsts).repeat_interleave(lengths)
+        previous = flat - 1
+        filled = lengths > 0
+        previous[starts[filled]] = lasts[prefixes[filled]]
+
+        input_ids = _to_tensor(self.ids, "i").long()
+        is_target = _to_tensor(self.flags, "b").bool() & (previous >= 0)
+        targets = is_target.nonzero()[:, 0]  # [K] flat indices
+        before = torch.cat([targets.new_zeros(1), is_target.cumsum(0)])  # targets before each token
+        first_targets, end_targets = before[starts].tolist(), before[starts + lengths].tolist()
+
+        runs: list[tuple[int, int, int]] = []  # (row, first target, number of targets) along each row's path
+        for row, segment in enumerate(self.row_segments):
+            path = []
+            while segment >= 0:
+                path.append((row, first_targets[segment], end_targets[segment] - first_targets[segment]))
+                segment = self.segments[segment].prefix
+            runs += reversed(path)
+        run_rows, run_firsts, run_lengths = torch.tensor(runs, dtype=torch.long).view(-1, 3).unbind(1)
+        skipped = run_firsts - (run_lengths.cumsum(0) - run_lengths)
+        sources = torch.arange(int(run_lengths.sum())) + skipped.repeat_interleave(run_lengths)
+        rows = run_rows.repeat_interleave(run_lengths)
+        row_offsets = torch.tensor(self.row_offsets, dtype=torch.long)
+        columns = position_ids[targets[sources]] - row_offsets[rows]
+
+        ends = [self.firsts[segment] + self.segments[segment].length for segment in self.row_segments]
+        width = max((end - offset for end, offset in zip(ends, self.row_offsets, strict=True)), default=0)
+        mask = torch.zeros(len(ends), width, dtype=torch.bool)
+        mask[rows, columns] = True
         return PackedBatch(
-            input_ids=torch.tensor([self.ids], dtype=torch.long),
-            position_ids=torch.tensor([self.positions], dtype=torch.long),
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
             segments=tuple(self.segments),
             row_segments=tuple(self.row_segments),
+            row_offsets=row_offsets,
+            predictors=previous[targets],
+            targets=input_ids[targets],
+            sources=sources,
+            rows=rows,
+            columns=columns,
             mask=mask,
             numbers=tuple(dict.fromkeys(numbers)),
-            **tensors,
         )
+
+
+def _to_tensor(pieces: Sequence[Sequence[int]], typecode: str) -> torch.Tensor:
+    """All pieces one after the other, copied whole where they are arrays of the type already."""
+    joined = array(typecode)
+    for piece in pieces:
+        joined.extend(piece)
+    dtype = {"i": torch.int32, "b": torch.int8}[typecode]
+    return torch.frombuffer(joined, dtype=dtype) if joined else torch.empty(0, dtype=dtype)
 
 
 def pack_examples(examples: Sequence[Example]) -> PackedBatch:
@@ -160,8 +189,7 @@ def pack_examples(examples: Sequence[Example]) -> PackedBatch:
         return empty_batch()
     builder = _Builder()
     for example in examples:
-        segment = builder.segment(example.input_ids)
-        builder.row(segment, *builder.train(segment, example.is_target), offset=0, width=len(example.input_ids))
+        builder.row(builder.segment(example.input_ids, example.is_target), offset=0)
     return builder.batch(example.number for example in examples)
 
 
@@ -170,7 +198,7 @@ def pack_groups(
     is_target: Sequence[Sequence[bool]] | None = None,
     numbers: Iterable[int] = (),
 ) -> PackedBatch:
-    """(prompt ids, completions' ids) groups: the prompt once, then every completion; one row a completion, in order.
+    """(prompt ids, completions' ids) groups: the prompt once, then every completion; one row per completion, in order.
 
     is_target: one flag per token of each completion, False for context (tool output) and for rows that are left out of
     the loss; without it every token is a target. Prompts need a token.
@@ -181,10 +209,8 @@ def pack_groups(
     for prompt_ids, completions in groups:
         prompt = builder.segment(prompt_ids)
         for ids in completions:
-            flags = [True] * len(ids) if is_target is None else is_target[len(builder.row_segments)]
-            segment = builder.segment(ids, prompt)
-            places = builder.train(segment, flags)
-            builder.row(segment, *places, offset=len(prompt_ids), width=len(ids))
+            flags: Sequence[int] = b"\1" * len(ids) if is_target is None else is_target[len(builder.row_segments)]
+            builder.row(builder.segment(ids, flags, prompt), offset=len(prompt_ids))
     return builder.batch(numbers)
 
 
@@ -208,21 +234,41 @@ def pack_completions(
 
 def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
     """Preference pairs; rows 2p and 2p+1 are the chosen and the rejected completion of pair p, column t is token t of a
-    completion. The prompt and what both completions begin with are one segment, and its targets stand in both rows."""
+    completion. The prompt and what both completions begin with are one segment, and its targets count in both rows."""
     if not pairs:
         return empty_batch()
     builder = _Builder()
     for pair in pairs:
         shared, offset = pair.num_shared, len(pair.prompt_ids)
         completions = pair.completions()
-        begin = builder.segment([*pair.prompt_ids, *pair.chosen_ids[:shared]])
-        sources, columns = builder.train(begin, completions[0][1][:shared], skip=offset)
+        (ids, is_target), _ = completions
+        begin = builder.segment([*pair.prompt_ids, *ids[:shared]], [*bytes(offset), *is_target[:shared]])
         for ids, is_target in completions:
-            segment = builder.segment(ids[shared:], begin)
-            own, places = builder.train(segment, is_target[shared:])
-            places = columns + [shared + t for t in places]
-            builder.row(segment, sources + own, places, offset=offset, width=len(ids))
+            builder.row(builder.segment(ids[shared:], is_target[shared:], begin), offset)
     return builder.batch(pair.number for pair in pairs)
+
+
+def pack_tree(
+    nodes: Sequence[tuple[Sequence[int], Sequence[bool], int]],
+    ends: Sequence[int] | None = None,
+    numbers: Iterable[int] = (),
+) -> PackedBatch:
+    """Trees of segments, such as rollouts that share their first turns: one row per path from a root to a node.
+
+    nodes: (ids, is_target, parent), a parent before its children, -1 for a root; a target counts in every row that
+    goes through its node. ends: the node that ends each row, by default every leaf in order. Column 0 of a row is the
+    first token after its root, so a root (a prompt) has no targets.
+    """
+    parents = {parent for _, _, parent in nodes}
+    builder = _Builder()
+    roots: list[int] = []
+    for node, (ids, is_target, parent) in enumerate(nodes):
+        roots.append(roots[parent] if parent >= 0 else node)
+        builder.segment(ids, is_target if parent >= 0 else None, parent)
+    for node in range(len(nodes)) if ends is None else ends:
+        if ends is not None or node not in parents:
+            builder.row(node, offset=len(nodes[roots[node]][0]))
+    return builder.batch(numbers) if nodes else empty_batch()
 
 
 def pack_check(rows: Sequence[Sequence[int]], longest: int) -> PackedBatch:

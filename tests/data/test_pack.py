@@ -20,7 +20,7 @@ from data.batches import (
     steps_per_epoch,
 )
 from data.chat import Example, Pair
-from data.pack import empty_batch, pack_examples, pack_groups, pack_pairs
+from data.pack import empty_batch, pack_examples, pack_groups, pack_pairs, pack_tree
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 BFD = {"packing_strategy": "bfd", "max_tokens_per_batch": 64}
@@ -62,8 +62,55 @@ def test_untrained_rows_have_no_targets_but_keep_their_place():
     assert batch.mask.tolist() == [[False], [True]] and batch.targets.tolist() == [9]
 
 
+# (ids, is_target, parent): a prompt, two first turns, what tools said to the first of them, two second turns; a third
+TREE = [
+    ([5, 6], [False, False], -1),
+    ([7, 8], [True, True], 0),
+    ([9], [True], 0),
+    ([10, 11], [False, False], 1),
+    ([12], [True], 3),
+    ([13, 14], [True, False], 3),
+]
+
+
+def test_positions_of_a_tree_run_on_from_the_whole_path():
+    """Nodes at depths 0, 1, 1, 2, 3, 3: tokens 5 6 | 7 8 | 9 | 10 11 | 12 | 13 14."""
+    batch = pack_tree(TREE)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 4, 5, 6, 6, 7]]
+    assert batch.predictors.tolist() == [1, 2, 1, 6, 6] and batch.targets.tolist() == [7, 8, 9, 12, 13]
+    ids, attention, predictors = batch.padded()
+    assert ids.tolist() == [[5, 6, 9, 0, 0, 0, 0, 0], [5, 6, 7, 8, 10, 11, 12, 0], [5, 6, 7, 8, 10, 11, 13, 14]]
+    assert attention.sum(1).tolist() == [3, 7, 8]
+    assert torch.equal(ids[batch.rows, predictors + 1], batch.targets[batch.sources])
+
+
+def test_a_target_of_a_shared_node_counts_in_every_row_that_goes_through_it():
+    """Targets 7 and 8 at depth 1 and, in the second tree, 4 at depth 2 are computed once and stand in both rows."""
+    batch = pack_tree(TREE)
+    assert batch.scatter(batch.targets).tolist() == [[9, 0, 0, 0, 0, 0], [7, 8, 0, 0, 12, 0], [7, 8, 0, 0, 13, 0]]
+    deeper = [([1], [True], -1), ([2, 3], [True, False], 0), ([4], [True], 1), ([5], [True], 2), ([6], [True], 2)]
+    batch = pack_tree(deeper, numbers=[8, 8])
+    assert batch.scatter(batch.targets).tolist() == [[2, 0, 4, 5], [2, 0, 4, 6]] and len(batch.targets) == 4
+    assert batch.to_padded([[0.5, 0.25, 1.0, 2.0]] * 2).tolist() == [[0.5, 0.0, 1.0, 2.0]] * 2
+    assert batch.numbers == (8,)
+
+
+def test_a_row_may_end_inside_a_tree():
+    batch = pack_tree(TREE, ends=[1, 4])
+    assert batch.scatter(batch.targets).tolist() == [[7, 8, 0, 0, 0], [7, 8, 0, 0, 12]]
+
+
+def test_a_tree_of_depth_one_is_a_group():
+    group = pack_groups([([5, 6], [[8, 9, 3], [4]]), ([7], [[1, 2]])])
+    parents = [([5, 6], -1), ([8, 9, 3], 0), ([4], 0), ([7], -1), ([1, 2], 3)]
+    tree = pack_tree([(ids, [True] * len(ids), parent) for ids, parent in parents])
+    assert group.segments == tree.segments and group.row_segments == tree.row_segments
+    for name in ("input_ids", "position_ids", "predictors", "targets", "sources", "rows", "columns", "mask"):
+        assert torch.equal(getattr(group, name), getattr(tree, name)), name
+
+
 def test_nothing_to_do_is_one_token_without_targets():
-    for batch in (empty_batch(), pack_groups([]), pack_examples([])):
+    for batch in (empty_batch(), pack_groups([]), pack_examples([]), pack_tree([])):
         assert batch.num_tokens == 1 and batch.mask.shape == (0, 0) and not len(batch.targets)
 
 

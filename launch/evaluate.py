@@ -291,7 +291,13 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
     run.print_main(str(report))
     policy = build_model(found, tokenizer, run.accelerator.device)
     add_stop_tokens(policy, tokenizer, report.stop_tokens)
-    engine = build_engine(config.rollout, policy, tokenizer, autocast=run.accelerator.autocast)
+    engine = build_engine(
+        config.rollout,
+        policy,
+        tokenizer,
+        autocast=run.accelerator.autocast,
+        api_key=run.server_key,
+    )
     run.create_folder(max(step, 1), rows=prompts)
     engine.sync(policy)
     began = time.perf_counter()

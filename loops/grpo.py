@@ -37,7 +37,8 @@ from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.rollout.ahead import Ahead, rollout_statistics, rollout_sums, sample_and_judge
-from loops.shared.rollout.evaluate import check_sampler, reward_evaluation
+from loops.shared.rollout.evaluate import reward_evaluation
+from loops.shared.rollout.mismatch import check_sampler
 from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
 from losses.grpo import group_advantages, grpo_loss, loss_denominator
 
@@ -284,7 +285,13 @@ def main(config: Config) -> None:
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
-    engine = build_engine(config.rollout, policy, tokenizer, autocast=accelerator.autocast)
+    engine = build_engine(
+        config.rollout,
+        policy,
+        tokenizer,
+        autocast=accelerator.autocast,
+        api_key=run.server_key,
+    )
     run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer, reference)
     run.create_folder(total_steps, rows=prompts, rows_per_step=rows_per_step)
@@ -303,7 +310,7 @@ def main(config: Config) -> None:
             began = time.perf_counter()
             run.set_phase(step, "the rollout")
             share = ahead.take(step)
-            engine.rest()
+            engine.sleep()
             run.set_phase(step, "the rewards")
             judged = compare_rewards(share, config, accelerator, guard)
             asked, (completions, result, advantages, sums) = share.prompts, judged
@@ -319,7 +326,7 @@ def main(config: Config) -> None:
             updating = time.perf_counter()
             sums, old = train_step(
                 policy, reference, optimizer, scheduler, microbatches, denominator, config,
-                accelerator, packing, run.guard, off_policy=engine.off_policy or level > 0,
+                accelerator, packing, run.guard, off_policy=engine.is_off_policy,
             )  # fmt: skip
             sums["time/update"] = time.perf_counter() - updating
             sums["time/sync"] = engine.sync(policy).seconds

@@ -951,11 +951,6 @@ def one_sentence_errors(prog: str) -> Iterator[bool]:
         raise
 
 
-def server_key() -> str | None:
-    """The key of vLLM's servers; no option, since those are written to the run folder."""
-    return os.environ.get("VLLM_API_KEY")
-
-
 def _quieten(is_main: bool) -> None:
     """Keep the terminal for the run: no libraries' progress bars but those of a download that somebody waits for."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars

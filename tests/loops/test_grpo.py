@@ -22,8 +22,9 @@ from data.chat import Prompt
 from data.rewards import MissingRewards, RewardFn, build_reward_fn, compute_rewards
 from loops import grpo
 from loops.shared import rollout
-from loops.shared.rollout import Completion, RolloutConfig, Sampling, vllm_engine
-from loops.shared.rollout.evaluate import check_sampler, greedy_evaluation
+from loops.shared.rollout import Completion, RolloutConfig, Sampling, vllm_engine, vllm_setup
+from loops.shared.rollout.evaluate import greedy_evaluation
+from loops.shared.rollout.mismatch import check_sampler
 from loops.shared.rollout.transformers_engine import TransformersEngine
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def run(folder: Path, *options: str) -> list[dict]:
 class Elsewhere(TransformersEngine):
     """Stands for the in-process vLLM: the policy's weights through other kernels, so other log-probabilities."""
 
-    off_policy = True
+    is_off_policy = True
 
     def sample(self, prompts, **settings):
         groups = super().sample(prompts, **settings)
@@ -80,8 +81,8 @@ def test_auto_corrects_the_tokens_of_the_engine_that_it_chose(chosen, tmp_path, 
     monkeypatch.setattr(rollout.config, "resolve_engine", lambda name: chosen)
     installed = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True))
     monkeypatch.setattr(rollout, "importlib", installed)
-    monkeypatch.setattr(vllm_engine, "VllmEngine", lambda served: Elsewhere(served.policy, served.tokenizer))
-    monkeypatch.setattr(vllm_engine, "Served", Bare)
+    monkeypatch.setattr(vllm_engine, "VllmEngine", lambda setup: Elsewhere(setup.policy, setup.tokenizer))
+    monkeypatch.setattr(vllm_setup, "VllmSetup", Bare)
     rows = run(tmp_path / "run", "--max_steps", "1")
     if chosen == "vllm":
         assert rows[1]["policy/sampler_weight"] == pytest.approx(torch.tensor(0.02).exp().item(), rel=1e-4)
@@ -99,8 +100,8 @@ class Bare:
 def test_every_engine_states_whether_its_tokens_are_off_policy():
     from loops.shared.rollout.vllm_server import VllmServerEngine
 
-    assert not TransformersEngine.off_policy
-    assert vllm_engine.VllmEngine.off_policy and VllmServerEngine.off_policy
+    assert not TransformersEngine.is_off_policy
+    assert vllm_engine.VllmEngine.is_off_policy and VllmServerEngine.is_off_policy
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_one_step_with_rewards_starts_the_count_anew():
 class Greedy:
     """Samples one token, and remembers what it was asked to do."""
 
-    weight_version, off_policy = 0, True
+    weight_version, is_off_policy = 0, True
 
     def __init__(self):
         self.log = []
@@ -203,8 +204,8 @@ class Greedy:
     def sync(self, policy):
         self.log.append("sync")
 
-    def rest(self):
-        self.log.append("rest")
+    def sleep(self):
+        self.log.append("sleep")
 
 
 def test_an_evaluation_counts_and_shows_what_has_no_reward():
@@ -229,10 +230,10 @@ def test_an_evaluation_counts_and_shows_what_has_no_reward():
     assert metrics == {"eval/completion_length": 1.0, "eval/missing": 4.0}
 
 
-def test_an_engine_rests_after_an_evaluation_between_two_updates_of_sft_and_dpo():
-    """GRPO samples from the same weights next, and lets it rest itself."""
+def test_an_engine_sleeps_after_an_evaluation_between_two_updates_of_sft_and_dpo():
+    """GRPO samples from the same weights next, and lets it sleep itself."""
     reward_fns = {"accuracy": RewardFn({"constant": constant}, [1.0])}
-    for policy, asked in ((torch.nn.Linear(1, 1), ["sync", "sample", "rest"]), (None, ["sample"])):
+    for policy, asked in ((torch.nn.Linear(1, 1), ["sync", "sample", "sleep"]), (None, ["sample"])):
         engine = Greedy()
         settings = {"sampling": Sampling(), "accelerator": Accelerator(cpu=True), "policy": policy}
         greedy_evaluation(engine, [Prompt([1], "", {})], reward_fns, **settings)
@@ -276,7 +277,7 @@ class Stale(TransformersEngine):
 
 
 def test_the_numbers_of_the_step_that_fails_the_comparison_are_logged(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "build_engine", lambda config, policy, tokenizer, autocast: Stale(policy, tokenizer))
+    monkeypatch.setattr(grpo, "build_engine", lambda config, policy, tokenizer, **_: Stale(policy, tokenizer))
     with pytest.raises(RuntimeError, match="does not sample from the policy"):
         run(tmp_path / "run", "--max_steps", "2")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -357,7 +358,7 @@ class Serving(TransformersEngine):
     """Stands for a server: it samples in the thread that asks, hands groups over, and its samples of step 2 (the one
     after the evaluation is step 0) come only when it is closed."""
 
-    off_policy = True
+    is_off_policy = True
     closed = None
     calls = 0
 
@@ -377,7 +378,7 @@ class Serving(TransformersEngine):
 
 
 def serve(monkeypatch, closed=None):
-    def build(config, policy, tokenizer, autocast):
+    def build(config, policy, tokenizer, **_):
         engine = Serving(policy, tokenizer)
         engine.closed = closed
         return engine
@@ -416,7 +417,7 @@ def test_a_servers_groups_are_handed_over_in_the_callers_thread():
     class Drawn(VllmServerEngine):
         def __init__(self):
             same = SimpleNamespace(check=lambda *_: None, sampling_parameters=lambda *_: None, completions=list)
-            self._serves, self._served, self._servers, self.max_model_len = True, same, [None], 8
+            self._has_weights, self._setup, self._servers, self.max_model_len = True, same, [None], 8
             self._config = RolloutConfig(engine="vllm-server")
 
         def _draw(self, prompt, parameters):

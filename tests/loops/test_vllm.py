@@ -28,14 +28,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.pack import Segment
+from loops.shared import rollout
 from loops.shared.attention import Layout, packed_attention
 from loops.shared.models import ModelConfig, build_policy
-from loops.shared.rollout import Completion, RolloutConfig, Sampling, build_engine
+from loops.shared.rollout import Completion, RolloutConfig, Sampling
 from loops.shared.rollout import weight_transfer as transfer
 from loops.shared.rollout.masks import check_masks
 from loops.shared.rollout.sampling import bad_word_tokens
-from loops.shared.rollout.vllm_engine import CPU_KV_CACHE_GIB, Served, VllmEngine
+from loops.shared.rollout.vllm_engine import VllmEngine
 from loops.shared.rollout.vllm_server import Server, ServerLostError
+from loops.shared.rollout.vllm_setup import CPU_KV_CACHE_GIB, VllmSetup
 from loops.shared.weights import iter_weights
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
@@ -44,7 +46,12 @@ HOUSE = Path(__file__).resolve().parents[2]
 MODEL = str(HOUSE / "data/quickstart/model")
 TOLERANCE = 2e-5  # nats, float32
 NUMBERS = [4, 5, 6, 7]
+KEY = "open sesame"  # of the servers, once the fixture has set it
 LONG = "Add these numbers one after the other. " * 9  # longer than a block of vLLM's prefix cache (128 tokens)
+
+
+def build_engine(config: RolloutConfig, policy: Any, tokenizer: Any, api_key: str | None = KEY) -> Any:
+    return rollout.build_engine(config, policy, tokenizer, api_key=api_key)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +288,7 @@ def test_names_that_do_not_fit_are_refused(policy, tokenizer, prompts, fault, mo
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "qlora", "dora", "saved head"])
-def test_adapters_are_served_as_they_are_trained(kind, tokenizer, prompts):
+def test_adapters_are_setup_as_they_are_trained(kind, tokenizer, prompts):
     """LoRA: base once, then the adapter alone. DoRA and modules trained whole: merged on the fly, base untouched."""
     if kind == "qlora":
         pytest.importorskip("bitsandbytes")
@@ -311,7 +318,7 @@ def test_adapters_are_served_as_they_are_trained(kind, tokenizer, prompts):
     assert worst <= TOLERANCE
     assert base_bytes() == before
     assert (reports[1].tensors < reports[0].tensors) == by_itself
-    folders = list(built._served.folder.glob("adapter-*"))
+    folders = list(built._setup.folder.glob("adapter-*"))
     assert len(folders) == by_itself  # the old versions are gone
     built.close()
 
@@ -364,7 +371,7 @@ def test_the_trainers_random_stream_is_left_alone(policy, tokenizer):
 def server(policy: Any, tokenizer: Any) -> Iterator[Any]:
     """One server of our own, full weights over gloo, with a key."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_API_KEY", "open sesame")
+        patch.setenv("VLLM_API_KEY", KEY)
         built = build_engine(RolloutConfig(engine="vllm-server", request_timeout=60), policy, tokenizer)
         built.sync(policy)
         yield built
@@ -513,10 +520,10 @@ def test_masks_that_vllm_does_not_take_are_refused_before_anything_is_sent(
 
 
 def test_masks_need_an_engine_that_was_built_for_temperature_1(tokenizer, policy):
-    served = Served(small(engine="vllm", temperature=0.7), policy, tokenizer, None)
+    setup = VllmSetup(small(engine="vllm", temperature=0.7), policy, tokenizer, None)
     for mask in ({"bad_words": ("a",)}, {"structured_outputs_regex": "a"}):
         with pytest.raises(ValueError, match=f"{next(iter(mask))} is set.*temperature 0.7"):
-            served.check([[1]], 1, Sampling(temperature=0.0, **mask), [0], 1024)
+            setup.check([[1]], 1, Sampling(temperature=0.0, **mask), [0], 1024)
 
 
 def test_structured_outputs_on_a_gpu_ask_for_the_model_runner_that_scores_first(tokenizer, monkeypatch):
@@ -557,7 +564,7 @@ def test_an_update_in_flight_freezes_completions_and_goes_on_with_new_weights(se
     old, version = copy.deepcopy(policy), server.weight_version
     box: dict[str, Any] = {}
     options = dict(n=4, max_completion_length=960, stop_token_ids=())
-    stops, server._served.stop_token_ids = server._served.stop_token_ids, set()  # they go on to the end
+    stops, server._setup.stop_token_ids = server._setup.stop_token_ids, set()  # they go on to the end
     tokens_so_far = generated(server)
     thread = threading.Thread(target=lambda: box.update(groups=draw(server, prompts[:1], **options)))
     thread.start()
@@ -565,7 +572,7 @@ def test_an_update_in_flight_freezes_completions_and_goes_on_with_new_weights(se
     train_a_step(policy, 77, size=0.004)
     server.sync(policy)
     thread.join()
-    server._served.stop_token_ids = stops
+    server._setup.stop_token_ids = stops
     for completion in box["groups"][0]:
         before = (scored(old, prompts[0], completion.token_ids) - torch.tensor(completion.logprobs)).abs() < 1e-4
         after = (scored(policy, prompts[0], completion.token_ids) - torch.tensor(completion.logprobs)).abs() < 1e-4
@@ -657,12 +664,9 @@ def test_weights_of_somebody_else_are_refused(server, policy, prompts):
 
 
 @pytest.mark.parametrize("key", [None, "abracadabra"])
-def test_without_the_key_nothing_can_be_changed_or_read(server, key, monkeypatch):
+def test_without_the_key_nothing_can_be_changed_or_read(server, key):
     """vLLM by itself asks for it under /v1 and where it samples."""
-    monkeypatch.delenv("VLLM_API_KEY")
-    if key:
-        monkeypatch.setenv("VLLM_API_KEY", key)
-    stranger = Server(0, server._servers[0].url, transfer.Transport(), 10)
+    stranger = Server(0, server._servers[0].url, transfer.Transport(), 10, key)
     for path in (
         "/pause",
         "/update_weight_version",
@@ -691,9 +695,8 @@ def test_a_running_server_is_used_and_one_with_another_key_tokenizer_or_mode_ref
     """The server of the fixture, as a run would find one that a user has started: it takes weights either way."""
     url = server._servers[0].url
     known = RolloutConfig(engine="vllm-server", server_urls=[url])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="VLLM_API_KEY"):
-        patch.delenv("VLLM_API_KEY")
-        build_engine(known, policy, tokenizer)
+    with pytest.raises(ValueError, match="VLLM_API_KEY"):
+        build_engine(known, policy, tokenizer, api_key=None)
     with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
         build_engine(replace(known, temperature=0.7), policy, tokenizer)
     with pytest.raises(ValueError, match="sync_dir is s3://.*weight_sync to full"):
@@ -773,7 +776,8 @@ servers.iter_weights = gathered
 servers.buckets = lambda tensors: weight_transfer.buckets(tensors, limit=100_000)
 tokenizer = AutoTokenizer.from_pretrained(model)
 policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-engine = build_engine(RolloutConfig(engine="vllm-server", request_timeout=30), policy, tokenizer)
+config = RolloutConfig(engine="vllm-server", request_timeout=30)
+engine = build_engine(config, policy, tokenizer, api_key=os.environ.get("VLLM_API_KEY"))
 
 def check(version):
     prompts = [tokenizer(text)["input_ids"] for text in ("What is 3 + 4?", "12 plus 30 is")]
@@ -876,8 +880,8 @@ def test_sleep_frees_everything_and_the_sync_wakes_in_parts(engine, policy, monk
     monkeypatch.setattr(engine, "_llm", Recorder(log, reset_prefix_cache=True))
     monkeypatch.setattr(engine, "_sleeps", True)
     monkeypatch.setattr(engine, "weight_version", engine.weight_version)
-    engine.rest()
-    engine.rest()
+    engine.sleep()
+    engine.sleep()
     with pytest.raises(RuntimeError, match="sync before sample"):
         engine.sample([[1]], n=1, sampling=Sampling(), seed=0, prompt_numbers=[0])
     engine.sync(policy)

@@ -22,6 +22,7 @@ def build_engine(
     tokenizer: Any,
     *,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    api_key: str | None = None,
 ) -> Engine:
     """The engine that `config.engine` names. Every process calls this, and before the policy is sharded.
 
@@ -33,6 +34,7 @@ def build_engine(
         model: the policy, a Hugging Face causal language model or a PEFT model around one, unwrapped.
         tokenizer: decodes completions and knows the stop token.
         autocast: makes the context of the trainer's forwards (mixed precision); None is none.
+        api_key: what vLLM servers ask for; those that this starts take it from VLLM_API_KEY themselves.
 
     Raises:
         ValueError: vLLM is not installed or cannot serve the model as configured, or the engine cannot sample as asked.
@@ -53,11 +55,13 @@ def build_engine(
             f"engine is {config.engine!r} and vLLM is not installed: install the extra vllm (on a CPU: "
             "launch/install_vllm_cpu.sh), or set engine to transformers."
         )
-    from loops.shared.rollout.vllm_engine import Served, VllmEngine
+    from loops.shared.rollout.vllm_setup import VllmSetup
 
-    served = Served(config, model, tokenizer, autocast)
+    setup = VllmSetup(config, model, tokenizer, autocast)
     if config.engine == "vllm":
-        return VllmEngine(served)
+        from loops.shared.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(setup)
     from loops.shared.rollout.vllm_server import VllmServerEngine
 
-    return VllmServerEngine(served)
+    return VllmServerEngine(setup, api_key)

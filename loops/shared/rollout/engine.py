@@ -51,7 +51,7 @@ class Engine(Protocol):
     """A sampler of completions that follows the policy's weights."""
 
     weight_version: int  # version of the weights that serve; 0 before the first sync
-    off_policy: bool  # whether tokens come from other kernels, or older weights, than those that train on them
+    is_off_policy: bool  # whether tokens come from other kernels, or older weights, than those that train on them
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Makes the engine serve the policy's present weights, and nothing older.
@@ -89,8 +89,8 @@ class Engine(Protocol):
         """
         ...
 
-    def rest(self) -> None:
-        """Nothing is sampled until the next sync: memory that can be given back is."""
+    def sleep(self) -> None:
+        """Frees the engine's GPU memory until the next `sync`; nothing can be sampled until then."""
         ...
 
     def close(self) -> None:

@@ -5,65 +5,31 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
 from loops.shared.rollout.config import Sampling
 from loops.shared.rollout.engine import Completion, Engine
-from loops.shared.rollout.mismatch import explain_mismatch
-
-# How far the sampler's and the trainer's log-probability of one token may lie apart, by dtype of the weights.
-MISMATCH_LIMIT = {torch.float64: 0.01, torch.float32: 0.05}
-LOW_PRECISION_LIMIT = 2.0
-
-
-def check_sampler(
-    microbatches: Sequence, scored: dict[int, torch.Tensor], policy: nn.Module, accelerator: Accelerator, limit: float
-) -> None:
-    """Raise RuntimeError where a step's samples were scored otherwise than they were drawn, with the worst token.
-
-    The worst thousandth of a process's tokens (one, of fewer than 2,000) may be further apart than `limit`: rounding in
-    low precision has a long tail.
-
-    microbatches: (packed batch, advantages, sampler's log-probabilities [B, T]); scored: the trainer's [B, T] of each,
-    by number. limit: in nats, 0 chooses by dtype. Not checked where dropout makes scores random.
-    """
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules()):
-        return
-    if not limit:
-        limit = max(MISMATCH_LIMIT.get(p.dtype, LOW_PRECISION_LIMIT) for p in policy.parameters())
-        limit = limit if accelerator.mixed_precision == "no" else LOW_PRECISION_LIMIT
-    masks = [batch.mask for batch, _, _ in microbatches]
-    sampled = torch.cat([sampled[mask] for (_, _, sampled), mask in zip(microbatches, masks, strict=True)])
-    trained = torch.cat([scored[number][mask] for number, mask in enumerate(masks)])
-    tokens = torch.cat([batch.scatter(batch.targets)[batch.mask] for batch, _, _ in microbatches])
-    gaps = (sampled - trained).abs().nan_to_num(nan=torch.inf).sort().values
-    outliers = max(1, len(gaps) // 1000) if len(gaps) > 1 else 0
-    within = len(gaps) == 0 or (gaps[-1 - outliers] <= limit and bool(gaps[-1].isfinite()))
-    own = None if within else explain_mismatch(sampled, trained, tokens, limit=limit)
-    sentence = next((found for found in gather_object([own]) if found), None)  # all processes end with it
-    if sentence:
-        raise RuntimeError(f"the engine does not sample from the policy as it is trained: {sentence}")
 
 
 def greedy_evaluation(
     engine: Engine,
     prompts: Sequence,
-    reward_fns: dict[str, Callable],
+    reward_fns: dict[str, Callable[[list[Any], list[Completion]], Any]],
     *,
     sampling: Sampling,
     accelerator: Accelerator,
     policy: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Means over all prompts of all processes: `eval/NAME` for each reward_fn, and `eval/completion_length`.
+    """Means over all prompts, divided among the processes: `eval/NAME` for each reward, and `eval/completion_length`.
 
-    prompts: objects with `prompt_ids`, `text`, `columns` (data.chat.Prompt). A reward_fn takes (prompts, completions)
-    and returns a `data.rewards.RewardResult`. Completions without a reward are left out of its mean and counted in
-    `eval/missing` (those that miss any of the rewards); the first failure is shown. Without reward_fns: empty.
-    policy: synced with the engine first, where that has not happened; the engine is at rest afterwards.
+    prompts: objects with `prompt_ids`, `text`, `columns` (data.chat.Prompt). reward_fns: each takes (prompts,
+    completions) and returns a `data.rewards.RewardResult`; without any the result is empty. Completions without a
+    reward are left out of its mean and counted in `eval/missing` (those that miss any); the first failure is shown.
+    policy: synced with the engine first, where that has not happened; the engine sleeps afterwards.
     """
     if not reward_fns:
         return {}
@@ -71,12 +37,12 @@ def greedy_evaluation(
         engine.sync(policy)
     mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
     chosen = [prompts[i] for i in mine]
-    greedy = sampling.greedy()
-    samples = engine.sample([prompt.prompt_ids for prompt in chosen], n=1, sampling=greedy, seed=0, prompt_numbers=mine)
+    ids = [prompt.prompt_ids for prompt in chosen]
+    groups = engine.sample(ids, n=1, sampling=sampling.greedy(), seed=0, prompt_numbers=mine)
     if policy is not None:  # it is trained next
-        engine.rest()
-    completions: list[Completion] = [group[0] for group in samples]
-    values = {"completion_length": [float(len(c.token_ids)) for c in completions]}
+        engine.sleep()
+    completions = [group[0] for group in groups]
+    values = {"completion_length": [float(len(completion.token_ids)) for completion in completions]}
     failure = None
     for name, reward_fn in reward_fns.items():
         result = reward_fn(chosen, completions)
@@ -97,7 +63,7 @@ def greedy_evaluation(
 
 
 def reward_evaluation(
-    engine: Engine, prompts: Sequence, reward_fns: dict[str, Callable], **settings
+    engine: Engine, prompts: Sequence, reward_fns: dict[str, Callable], **settings: Any
 ) -> dict[str, float]:
     """`greedy_evaluation` with its time, and `eval/loss`: the negative mean reward, for who compares losses of runs."""
     began = time.perf_counter()

@@ -42,7 +42,7 @@ _KEEP = 0.875
 class TransformersEngine:
     """Samples in process from the policy itself, so its weights are never stale and a sync moves nothing."""
 
-    off_policy = False
+    is_off_policy = False
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class TransformersEngine:
         self.weight_version += 1
         return SyncReport(weight_version=self.weight_version, tensors=0, bytes=0, seconds=time.perf_counter() - start)
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing to give back: the weights are the policy's."""
 
     def close(self) -> None:

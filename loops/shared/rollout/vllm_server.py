@@ -36,7 +36,7 @@ import torch
 from loops.shared.layers import unwrap
 from loops.shared.rollout.config import Sampling
 from loops.shared.rollout.engine import Arrived, Completion, SyncReport
-from loops.shared.rollout.vllm_engine import Served, one_sentence
+from loops.shared.rollout.vllm_setup import VllmSetup, one_sentence
 from loops.shared.rollout.weight_transfer import (
     BroadcastTransport,
     Bucket,
@@ -48,7 +48,6 @@ from loops.shared.rollout.weight_transfer import (
     give_up,
     write_adapter,
 )
-from loops.shared.run import server_key
 from loops.shared.weights import iter_weights
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ class ServerLostError(Exception):
 class Server:
     """One server as this process sees it."""
 
-    def __init__(self, number: int, url: str, transport: Transport, timeout: float):
+    def __init__(self, number: int, url: str, transport: Transport, timeout: float, api_key: str | None = None):
         """transport: how it takes weights from rank 0. timeout: seconds for an answer, where a call does not say."""
         self.number, self.url, self.transport, self.timeout = number, url.rstrip("/"), transport, timeout
         self.ready = False
@@ -80,8 +79,8 @@ class Server:
         self.life = 0  # how often it came back
         self.log = Path()
         self._headers = {"Content-Type": "application/json"}
-        if key := server_key():
-            self._headers["Authorization"] = f"Bearer {key}"
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
 
     def call(self, path: str, body: dict | None = None, *, timeout: float = 0, method: str = "POST") -> Any:
         """The answer to one request.
@@ -193,18 +192,21 @@ def _why_it_ended(log: str, path: Path) -> Exception:
 class VllmServerEngine:
     """The engine `vllm-server`. `sample` may run in a thread while the policy trains, and while it is synced."""
 
-    off_policy = True
+    is_off_policy = True
 
-    def __init__(self, served: Served):
+    def __init__(self, setup: VllmSetup, api_key: str | None = None):
         """Starts the servers, or connects to running ones; collective over all processes.
+
+        api_key: of the servers, if they have one.
 
         Raises ValueError: a port is in use, a server has another model, tokenizer or key, or too little memory.
         """
         self.weight_version = 0
-        self._served = served
-        self._config = served.config
+        self._setup = setup
+        self._config = setup.config
+        self._api_key = api_key
         self._servers: list[Server] = []
-        self._serves = False  # whether the last sync went through
+        self._has_weights = False  # whether the last sync went through
         self._announced = 0  # newest version that a server may have by now
         self._snapshot: dict[str, torch.Tensor] = {}  # what was sent last, for servers that come back
         self._adapters: list[tuple[str, Path]] = []  # (name, folder) of those that servers hold, oldest first
@@ -216,7 +218,7 @@ class VllmServerEngine:
         self._closing = threading.Event()
         self._distributed = torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if self._distributed else 0
-        place = (served.config.sync_dir or str(served.folder)).rstrip("/")
+        place = (setup.config.sync_dir or str(setup.folder)).rstrip("/")
         self._folder = f"{place if '://' in place else Path(place).resolve()}/sync-{secrets.token_hex(4)}"
         known: Any = None
         if self._rank == 0:
@@ -231,7 +233,7 @@ class VllmServerEngine:
         urls, self._run, self.max_model_len = known
         if self._rank != 0:
             self._servers = [
-                Server(*numbered, Transport(), self._config.server_timeout) for numbered in enumerate(urls)
+                Server(*numbered, Transport(), self._config.server_timeout, api_key) for numbered in enumerate(urls)
             ]
         atexit.register(self.close)
         for server in self._servers:
@@ -253,7 +255,7 @@ class VllmServerEngine:
     def _open(self) -> tuple[list[str], str, int]:
         """Servers that answer, and what all ranks have to know of them: addresses, the run's name, a context length."""
         config = self._config
-        if self._served.adapter and "://" in self._folder:
+        if self._setup.sends_adapter and "://" in self._folder:
             raise ValueError(
                 f"sync_dir is {config.sync_dir}, and vLLM reads adapters from folders: set weight_sync to full, or "
                 "sync_dir to a folder that trainer and servers both see."
@@ -267,7 +269,9 @@ class VllmServerEngine:
                 text = f"port {wanted} is in use by another program: change server_port (0: any free one)."
                 raise ValueError(text) from error
         for number, url in enumerate(urls):
-            self._servers.append(Server(number, url, self._transport(number, url), config.server_timeout))
+            self._servers.append(
+                Server(number, url, self._transport(number, url), config.server_timeout, self._api_key)
+            )
         with ThreadPoolExecutor(len(urls)) as pool:
             list(pool.map(self._bring_up, self._servers))
         if config.server_urls:
@@ -279,7 +283,7 @@ class VllmServerEngine:
     def _transport(self, number: int, url: str) -> Transport:
         kind = self._config.weight_transfer
         if kind == "auto":
-            kind = "gloo" if self._served.device == "cpu" else "ipc" if self._shares_gpu() else "nccl"
+            kind = "gloo" if self._setup.device == "cpu" else "ipc" if self._shares_gpu() else "nccl"
         if kind == "file":
             return FileTransport(self._folder, number)
         if kind == "ipc":
@@ -317,14 +321,14 @@ class VllmServerEngine:
             options.append(f"--gpus={gpus}")
         if server.transport.kind == "ipc":
             options.append("--ipc")
-        for name, value in self._served.arguments(shares_gpu=self._shares_gpu()).items():
+        for name, value in self._setup.arguments(shares_gpu=self._shares_gpu()).items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 options.append(f"--{'' if value else 'no-'}{flag}")
             else:
                 options.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         for attempt in range(_STARTS):
-            server.start(options, self._served.folder / f"server-{server.number}.log")
+            server.start(options, self._setup.folder / f"server-{server.number}.log")
             if self._closing.is_set():
                 server.kill()
             try:
@@ -337,11 +341,11 @@ class VllmServerEngine:
                     server.url = f"http://127.0.0.1:{free_port()}"
 
     def _shares_gpu(self) -> bool:
-        return self._served.device != "cpu" and not self._config.server_urls and self._gpus(0) is None
+        return self._setup.device != "cpu" and not self._config.server_urls and self._gpus(0) is None
 
     def _gpus(self, number: int) -> str | None:
         """The GPUs of server `number`: those after the trainer's; None (shared with it) where they do not suffice."""
-        if self._served.device == "cpu":
+        if self._setup.device == "cpu":
             return None
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         size = self._config.vllm_tensor_parallel_size
@@ -358,20 +362,20 @@ class VllmServerEngine:
         except RuntimeError as error:
             raise ValueError(f"{server.url} has no routes for training: start it with launch/vllm_server.py") from error
         model = settings["model_config"]
-        wanted = self._served.arguments(shares_gpu=False)
-        for key, mine in (("logprobs_mode", wanted["logprobs_mode"]), ("dtype", str(self._served.dtype))):
+        wanted = self._setup.arguments(shares_gpu=False)
+        for key, mine in (("logprobs_mode", wanted["logprobs_mode"]), ("dtype", str(self._setup.dtype))):
             theirs = str(model[key])
             if theirs.removeprefix("torch.") != mine.removeprefix("torch."):
                 flag, mine = key.replace("_", "-"), mine.removeprefix("torch.")
                 raise ValueError(f"{server.url} serves with {key} {theirs}, not {mine}: start it with --{flag} {mine}.")
-        if self._served.adapter and not settings.get("lora_config"):
+        if self._setup.sends_adapter and not settings.get("lora_config"):
             raise ValueError(
                 f"{server.url} serves no adapters: start it with --enable-lora --max-loras 2 --max-lora-rank "
-                f"{self._served.lora_rank}, or set weight_sync to full."
+                f"{self._setup.lora_rank}, or set weight_sync to full."
             )
         probe = "A server's 12 tokens, 3.5% of which: \n\tünïcode?"
-        if self._served.tokenizer is not None:
-            mine = list(self._served.tokenizer(probe, add_special_tokens=False)["input_ids"])
+        if self._setup.tokenizer is not None:
+            mine = list(self._setup.tokenizer(probe, add_special_tokens=False)["input_ids"])
             asked = {"model": name, "prompt": probe, "add_special_tokens": False}
             if server.call("/tokenize", asked, timeout=30)["tokens"] != mine:
                 raise ValueError(f"{server.url} has another tokenizer than the run: start it with the run's model_id.")
@@ -389,25 +393,25 @@ class VllmServerEngine:
         Raises ValueError: vLLM has no place for a tensor, or one is missing; RuntimeError: no server takes the weights.
         """
         start = time.perf_counter()
-        policy, served = unwrap(policy), self._served
+        policy, setup = unwrap(policy), self._setup
         tensors = size = 0
         with self._weights_lock, torch.no_grad():
             version = self._announced = self.weight_version + 1
             self._refusal = None
             try:
-                if not served.adapter or not self.weight_version:
-                    weights = iter_weights(policy, dtype=served.dtype, adapter=not served.adapter)
+                if not setup.sends_adapter or not self.weight_version:
+                    weights = iter_weights(policy, dtype=setup.dtype, adapter=not setup.sends_adapter)
                     tensors, size = self._send(weights, version)
-                if served.adapter:
+                if setup.sends_adapter:
                     count, adapter_bytes = self._send_adapter(policy, version)
                     tensors, size = tensors + count, size + adapter_bytes
                 if refusal := self._agree(self._refusal):
                     self._each(self._ready(), self._release)
                     raise refusal
             except BaseException:
-                self._serves = False
+                self._has_weights = False
                 raise
-            self.weight_version, self._serves = version, True
+            self.weight_version, self._has_weights = version, True
         if self._rank == 0:
             self._wait_for(self._ready)
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
@@ -546,7 +550,7 @@ class VllmServerEngine:
         self._begin(server)
         for bucket in buckets(self._snapshot.items()):
             server.take(bucket)
-        self._finish(server, 1 if self._served.adapter else self.weight_version)
+        self._finish(server, 1 if self._setup.sends_adapter else self.weight_version)
         loaded = {model["id"] for model in server.models()}
         for name, folder in self._adapters:
             if name not in loaded:
@@ -554,7 +558,7 @@ class VllmServerEngine:
 
     def _check_current(self, server: Server) -> None:
         """Raise ServerLostError unless the server serves this run's present weights."""
-        if self._served.adapter:
+        if self._setup.sends_adapter:
             current = self._adapter_name(self.weight_version) in {model["id"] for model in server.models()}
         else:
             label = server.call("/weight_info", timeout=5, method="GET")["weight_version"]
@@ -600,14 +604,14 @@ class VllmServerEngine:
         Raises ValueError: as the protocol says, or a prompt that does not fit; RuntimeError: before the first sync,
         when no server comes back, or one serves weights of somebody else.
         """
-        if not self._serves:
+        if not self._has_weights:
             raise RuntimeError("the servers have no weights, or not all of them: call sync before sample.")
-        self._served.check(prompts, n, sampling, prompt_numbers, self.max_model_len)
+        self._setup.check(prompts, n, sampling, prompt_numbers, self.max_model_len)
         drawn = 1 if sampling.temperature == 0 else n
 
         def draw(place: int) -> list[Completion]:
-            parameters = self._served.sampling_parameters(sampling, drawn, seed, prompt_numbers[place])
-            group = self._served.completions(self._draw(prompts[place], parameters))
+            parameters = self._setup.sampling_parameters(sampling, drawn, seed, prompt_numbers[place])
+            group = self._setup.completions(self._draw(prompts[place], parameters))
             return group * n if drawn < n else group
 
         if not prompts:
@@ -632,11 +636,11 @@ class VllmServerEngine:
             life, oldest = server.life, self.weight_version
             try:
                 body = {"token_ids": prompt, "sampling_params": parameters}
-                if self._served.adapter:
+                if self._setup.sends_adapter:
                     body["model"] = self._adapter_name(oldest)
                 answer = server.call("/inference/v1/generate", body, timeout=self._config.request_timeout)
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                if not self._serves:
+                if not self._has_weights:
                     raise ValueError("the servers' weights are not whole: a sync failed while they sampled.")
                 if len(choices) != count:
                     raise ServerLostError(f"{server.url} gave {len(choices)} completions of {count}")
@@ -671,8 +675,8 @@ class VllmServerEngine:
         if not labels or "default" in labels or choice["finish_reason"] not in ("stop", "length"):
             raise ServerLostError(f"a completion came from weights {labels}, and ended by {choice['finish_reason']!r}")
         own = [label.split(":") for label in labels]
-        newest = 1 if self._served.adapter else self._announced
-        lowest = 1 if self._served.adapter else oldest
+        newest = 1 if self._setup.sends_adapter else self._announced
+        lowest = 1 if self._setup.sends_adapter else oldest
         if any(run != self._run or int(version) > newest for run, version in own):
             raise RuntimeError(
                 f"a server returned a completion of weight version {labels}, where {self._run}:{lowest} to {newest} "
@@ -683,10 +687,10 @@ class VllmServerEngine:
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         if len(logprobs) != len(choice["token_ids"]):
             raise ServerLostError("a completion has fewer log-probabilities than tokens")
-        version = oldest if self._served.adapter else min(int(version) for _, version in own)
+        version = oldest if self._setup.sends_adapter else min(int(version) for _, version in own)
         return choice["token_ids"], logprobs, choice["finish_reason"], version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Servers have memory of their own: nothing to give back."""
 
     def close(self) -> None:
@@ -704,7 +708,7 @@ class VllmServerEngine:
                 logger.warning("something of a weight transfer is left behind", exc_info=True)
         if self._rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
-        shutil.rmtree(self._served.folder, ignore_errors=True)
+        shutil.rmtree(self._setup.folder, ignore_errors=True)
         with self._changed:
             self._changed.notify_all()
 

@@ -255,13 +255,12 @@ def main(config: Config) -> None:
     tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     reward_fn = build_reward_fn(config.reward, rows)
-    eval_rows = eval_rows or []
+    eval_rows, encoding = eval_rows or [], (encode_prompt, tokenizer, config.encode)
     key = "reward_functions on the evaluation rows"
     eval_rewards = {"reward": build_reward_fn(config.reward, eval_rows, key=key)}
     if config.eval_reward:
         named = RewardConfig(reward_functions=config.eval_reward)
         eval_rewards["accuracy"] = build_reward_fn(named, eval_rows, key="eval_reward")
-    encoding = (encode_prompt, tokenizer, config.encode)
     prompts, *reports = encode_rows(rows, *encoding, what="training prompts")
     eval_prompts, *more = encode_rows(eval_rows, *encoding, what="evaluation prompts")
 
@@ -285,13 +284,8 @@ def main(config: Config) -> None:
     total_steps = config.run.total_steps(epoch_steps)
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
-    engine = build_engine(
-        config.rollout,
-        policy,
-        tokenizer,
-        autocast=accelerator.autocast,
-        api_key=run.server_key,
-    )
+    serving = {"autocast": accelerator.autocast, "api_key": run.server_key}
+    engine = build_engine(config.rollout, policy, tokenizer, **serving)
     run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer, reference)
     run.create_folder(total_steps, rows=prompts, rows_per_step=rows_per_step)

@@ -168,13 +168,8 @@ def main(config: Config) -> None:
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
     engine = None
     if eval_rewards:
-        engine = build_engine(
-            config.rollout,
-            policy,
-            tokenizer,
-            autocast=accelerator.autocast,
-            api_key=run.server_key,
-        )
+        serving = {"autocast": accelerator.autocast, "api_key": run.server_key}
+        engine = build_engine(config.rollout, policy, tokenizer, **serving)
         run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer)
     sizes = {"packing_strategy": packed, "rows_per_step": rows_per_step}

@@ -109,7 +109,7 @@ def measure_update(settings: dict[str, Any]) -> dict[str, float]:
 
     from data.pack import pack_groups
     from loops.grpo import Config, train_step
-    from loops.shared.guards import FiniteGuard
+    from loops.shared.failures import FiniteGuard
 
     device, vocabulary = settings["device"], settings["shape"]["vocab_size"]
     policy = build_policy(settings["shape"], device=device, dtype="float32", lora_r=0, checkpointing=False)
@@ -130,7 +130,7 @@ def measure_update(settings: dict[str, Any]) -> dict[str, float]:
 def measure_training(settings: dict[str, Any]) -> dict[str, float]:
     """SFT steps on `sequences` sequences of `length` tokens, all trained: seconds and FLOPs."""
     from loops.sft import Config, train_step
-    from loops.shared.guards import FiniteGuard
+    from loops.shared.failures import FiniteGuard
 
     device = settings["device"]
     names = ("dtype", "lora_r", "checkpointing")
@@ -149,7 +149,7 @@ def measure_longest(settings: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from loops.sft import Config, train_step
-    from loops.shared.guards import FiniteGuard
+    from loops.shared.failures import FiniteGuard
 
     names = ("dtype", "lora_r", "checkpointing")
     policy = build_policy(settings["shape"], device=settings["device"], **{name: settings[name] for name in names})

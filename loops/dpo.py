@@ -279,9 +279,9 @@ def main(config: Config) -> None:
 
     for step in range(start, total_steps):
         began = time.perf_counter()
+        run.set_phase(step, "the update")
         rows = batches.rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed)
         microbatches = build_microbatches(rows, pairs, frozen, config, accelerator)
-        run.set_phase(step, "the update")
         sums = train_step(
             policy, reference, optimizer, scheduler, microbatches, len(rows), config, accelerator,
             packing, run.guard,

@@ -181,10 +181,10 @@ def main(config: Config) -> None:
 
     for step in range(start, total_steps):
         began = time.perf_counter()
+        run.set_phase(step, "the update")
         rows = batches.rows_of_step(step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed)
         denominator = sum(sum(example.is_target[1:]) for row in rows for example in bins[row])
         microbatches = build_microbatches(rows, bins, config, accelerator)
-        run.set_phase(step, "the update")
         sums = train_step(
             policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing,
             run.guard,

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
-import importlib.metadata
-import inspect
 import json
 import logging
 import math
 import os
-import platform
 import random
 import shutil
-import subprocess
 import sys
 import time
 import traceback
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -33,23 +27,34 @@ from torch import nn
 
 from loops.shared.checkpoint import NotSaved, Saver, load_checkpoint
 from loops.shared.checkpoint_folder import find_checkpoint, read_extra, read_manifest, read_state
-from loops.shared.guards import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
-from loops.shared.layers import plain_name
-from loops.shared.models import ModelConfig, Reference
-from loops.shared.rollout.config import Sampling
-from loops.shared.sharding import (
-    Sharding,
-    build_accelerator,
-    is_sharded,
-    prepare,
-    read_launcher_sharding,
-    read_sharding,
-    sharding_line,
+from loops.shared.failures import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
+from loops.shared.identity import (
+    package_versions,
+    provenance,
+    refuse_other_run,
+    rows_digest,
+    settings_of_identity,
+    weights_digest,
 )
-from loops.shared.tracking import SilentTracker, Tracker, check_trackers, printable, start_tracking, without_passwords
+from loops.shared.launcher import start_accelerator, started_by_accelerate
+from loops.shared.models import ModelConfig, Reference
+from loops.shared.run_folder import claim_folder, list_contents, read_json, release_claim, take_folder, writing_to
+from loops.shared.sharding import Sharding, is_sharded, prepare, read_sharding, sharding_line
+from loops.shared.tracking import (
+    SilentTracker,
+    Tracker,
+    check_trackers,
+    leaf_values,
+    printable,
+    start_tracking,
+    without_passwords,
+)
 from loops.shared.weights import WrongLogits, check_export, export_model, logits_of
 
 logger = logging.getLogger(__name__)
+
+BUILDING, STARTING, EXPORTING = "building", "starting", "exporting"  # phases of a run that are no part of a step
+MARK = "run.json"  # in an exported folder: which run wrote it, after which step, which files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +172,14 @@ class Run:
     logged: dict[str, float] = field(default_factory=dict)  # metrics of the newest row
     total_steps: int = 0
     closers: list[Callable[[], object]] = field(default_factory=list)  # called when this process ends
+    phase: str = BUILDING
     stopping: bool = False  # some process was asked to stop; all of them know after the step's `reduce`
 
     def __post_init__(self) -> None:
         accelerator, config = self.accelerator, self.config
         self.guard = FiniteGuard(accelerator, config.on_non_finite)
         # `accelerate launch` passes no signal on to a single process: its own end is the sign
-        alone = accelerator.num_processes == 1 and bool(_launcher_words())
+        alone = accelerator.num_processes == 1 and started_by_accelerate()
         self.stop = StopRequest(verbose=accelerator.is_main_process, follow_parent=alone)
         self.watch = Watch(
             accelerator,
@@ -200,6 +206,7 @@ class Run:
 
     def set_phase(self, step: int, what: str) -> None:
         """Record the step and the phase, which the message names when a process hangs or dies."""
+        self.phase = what
         self.watch.set_phase(step, what)
 
     def reduce(self, sums: dict) -> dict[str, float]:
@@ -234,8 +241,9 @@ class Run:
         metrics, self.pending = metrics | self.pending, {}
         if self.config.on_non_finite == "skip":
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        model, name = self.settings["model"], "optim/unchanged"
-        if name in metrics and name not in self.latest and model["torch_dtype"] == "bfloat16" and not model["lora_r"]:
+        name, model = "optim/unchanged", self.settings.get("model", {})
+        bf16 = model.get("torch_dtype") == "bfloat16" and not model.get("lora_r")
+        if bf16 and name in metrics and name not in self.latest:
             self.print_main(
                 f"bfloat16 weights, rounded stochastically: step {step} moved {100 * (1 - metrics[name]):.1f} %"
             )
@@ -262,7 +270,7 @@ class Run:
 
     def prepare(self, policy: nn.Module, optimizer, reference: Reference | None = None):
         """(policy, optimizer), wrapped or sharded; from here on each process has random numbers of its own."""
-        values = not self.settings["model"]["from_scratch"]
+        values = not self.settings.get("model", {}).get("from_scratch")
         digest = weights_digest(policy, values) if self.accelerator.is_main_process else None
         self.identity["weights"] = broadcast_object_list([digest])[0]
         prepared = prepare(self.accelerator, policy, optimizer, reference=reference, sharding=self.sharding)
@@ -282,10 +290,10 @@ class Run:
         with loop, seed and rows, says which rows a step has. Raises ValueError where the checkpoint to resume from is
         of another run; ends the process where the run in the folder has no step left.
         """
-        self.total_steps = total_steps
+        self.phase, self.total_steps = STARTING, total_steps
         self.identity |= {"loop": self.loop, "seed": self.config.seed, "rows": len(rows), **sizes}
         self.identity |= {"digest": rows_digest(rows), "mixed_precision": self.accelerator.mixed_precision}
-        self.identity |= settings_of_identity(self.loop, self.settings)
+        self.identity |= settings_of_identity(self.settings)
         if self.checkpoint is None:
             if self.earlier is not None:
                 refuse_other_run(str(self.folder), self.earlier, self.identity)
@@ -323,7 +331,7 @@ class Run:
                     claim, self.claim = self.claim, claim_folder(self.folder)
                     release_claim(claim)
                 name = f"provenance-{self.checkpoint.name}.json" if self.checkpoint else "provenance.json"
-                text = json.dumps(_provenance(self.accelerator, self.config.seed, self.identity), indent=1)
+                text = json.dumps(provenance(self.accelerator, self.config.seed, self.identity), indent=1)
                 hidden = self.folder / f".{name}"  # a folder with nothing but hidden files is empty
                 hidden.write_text(text + "\n")
                 os.replace(hidden, self.folder / name)
@@ -362,7 +370,7 @@ class Run:
         self._begin(state["step"])
         self.print_main(f"resuming from {self.checkpoint}")
         told = {key: value for key, value in self.identity["rows_from"].items() if key.startswith(("eval_", "code "))}
-        now = {"steps in total": self.total_steps, **self.settings["optim"], **told}
+        now = {"steps in total": self.total_steps, **self.settings.get("optim", {}), **told}
         then = {"steps in total": state.get("total_steps", self.total_steps), **state.get("optim", {})}
         then |= state.get("rows_from", {})
         changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then.get(key, value) != value]
@@ -421,7 +429,7 @@ class Run:
                 state={
                     **{"step": step, "epoch": epoch, "total_steps": self.total_steps, **self.identity},
                     "stops": self.accelerator.unwrap_model(policy).generation_config.eos_token_id,  # for exports
-                    **{part: self.settings[part] for part in ("model", "optim")},
+                    **{part: self.settings[part] for part in ("model", "optim") if part in self.settings},
                 },
                 keep=self.config.save_total_limit,
                 best=(name, self.logged[name], greater) if name and name in self.logged else None,
@@ -455,15 +463,15 @@ class Run:
 
     def export(self, policy: nn.Module, tokenizer, config: ModelConfig) -> None:
         """Export the trained model to `model/` in the run folder, and end the run."""
-        self.set_phase(self.total_steps, "exporting")
+        self.set_phase(self.total_steps, EXPORTING)
         folder = self.folder / "model"
         card = {
-            "base_model": self.settings["model"]["model_id"],
+            "base_model": config.model_id,
             "loop": self.loop,
-            "dataset": self.settings["data"]["dataset_name"],
+            "dataset": self.settings.get("data", {}).get("dataset_name"),
             "command": "accelerate launch " + " ".join(sys.argv),
-            "settings": {key: value for part in ("optim", "batch") for key, value in self.settings[part].items()},
-            "versions": _versions(),
+            "settings": self.settings.get("optim", {}) | self.settings.get("batch", {}),
+            "versions": package_versions(),
             "metrics": {name: value for name, value in self.latest.items() if name.startswith("eval/")},
         }
         partly = self.folder / ".tmp-model"
@@ -518,56 +526,29 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict, ex
     torch's CUDA allocator; vLLM's sleep in this process cannot work with them (pytorch 147851). Raises ValueError where
     the folder already holds a run that is not to be resumed, and where the launcher's settings contradict the loop's.
     """
+    global _current
     if expandable_segments:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _settings.clear()
-    _settings.update(settings)
-    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    _check_evaluation(config, settings)
-    precision, launchers = config.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision == "auto" and launchers == "bf16":
-        precision = launchers
-    elif precision == "auto":
-        precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    if launchers not in ("no", precision):
-        raise ValueError(
-            f"mixed_precision is {launchers} in the launcher's settings and {precision} here: give the loop's own "
-            f"mixed_precision (no or bf16), and the launcher the same or no."
-        )
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise ValueError(
-            "dynamo_backend is set in the launcher, which would compile every shape of a batch: set it to no there; "
-            "compile: true in the loop's config compiles the layers."
-        )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    sharding = _find_sharding(config, loop, processes)
-    if sharding is None or processes == 1:  # or accelerate would shard by the launcher's word alone
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
-    accelerator = build_accelerator(
-        sharding,
-        precision=precision,
-        on_cpu=on_cpu,
-        processes=processes,
-        per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", processes)),
-        timeout=group_timeout(config.collective_timeout),
-    )
-    _check_launcher(accelerator, loop, processes, sharding, precision)
-    if on_cpu and accelerator.num_processes == 1 and not _threads_are_set():
-        torch.set_num_threads(available_cpus())
+    values = leaf_values(settings)
+    _check_evaluation(config, values)
+    own = read_sharding(config.fsdp, config.fsdp_config, config.cpu_offload)
+    accelerator, sharding = start_accelerator(config.mixed_precision, own, group_timeout(config.collective_timeout))
     set_seed(config.seed)
     _quieten(accelerator.is_main_process)
 
-    folder = Path(config.output_dir or "")
+    names = [Path(config.output_dir or config.results_dir)]
     if not config.output_dir:
-        model_id = settings["model"]["model_id"]
+        model_id = values.get("model_id") or "model"
         model = Path(model_id).resolve().name if Path(model_id).exists() else model_id
-        folder = Path(config.results_dir, model, config.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}")
-    claim, told = None, [str(folder), None, None, False]
+        name = config.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
+        more = [] if config.run_name else [f"{name}-{number}" for number in range(2, 100)]
+        names = [Path(config.results_dir, model, each) for each in (name, *more)]
+    claim, told = None, [str(names[0]), None, None, False]
     if accelerator.is_main_process:
         try:
             check_trackers(config.report_to, config.mlflow_uri or None)
-            claim, folder, earlier = _take_folder(config, folder)
+            claim, folder, earlier = take_folder(names, config.resume_from)
             told = [str(folder), None, earlier, any((folder / "checkpoints").glob("[!.]*-step*[0-9]"))]
         except ValueError as error:
             told[1] = str(error)
@@ -583,187 +564,15 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict, ex
     if checkpoint is None and earlier == {}:
         raise ValueError(
             f"{folder} has no checkpoint to resume from, and starting anew would overwrite what it holds "
-            f"({_contents(folder)}): give another output_dir."
+            f"({list_contents(folder)}): give another output_dir."
         )
-    return Run(config, accelerator, loop, resolved, settings, folder, checkpoint, sharding, claim, earlier)
+    _current = Run(config, accelerator, loop, resolved, settings, folder, checkpoint, sharding, claim, earlier)
+    return _current
 
 
-def _take_folder(config: RunConfig, folder: Path) -> tuple[IO, Path, dict | None]:
-    """(claim, folder, what it holds of a run that may start anew there: its identity, {} where none may, None where it
-    is empty). A name made from the time gets a number where it is taken.
-
-    Raises ValueError where another process runs there, where it cannot be written, or holds files and is not resumed.
-    """
-    names = [folder]
-    if not (config.output_dir or config.run_name):
-        names += [folder.with_name(f"{folder.name}-{number}") for number in range(2, 100)]
-    wanted, problem = config.resume_from, ""
-    for folder in names:
-        with writing_to(folder):
-            claim, taken = claim_folder(folder), _contents(folder)
-            inside = Path(wanted).resolve().parent.parent == folder.resolve()
-            if claim is None:
-                problem = f"output_dir {folder} is in use by another process: wait for it, or give another one."
-            elif taken and (wanted == "none" or wanted not in ("latest", "best") and not inside):
-                problem = f"output_dir {folder} already holds files ({taken}): give another, or resume_from: latest."
-                release_claim(claim)
-            else:
-                ended = (folder / "model").exists()
-                known = {} if ended else read_json(folder / "provenance.json").get("identity", {})
-                return claim, folder, known if taken else None
-    raise ValueError(problem)
-
-
-def _contents(folder: Path) -> str:
-    """Names of the files in a folder, for messages: none where all are hidden, or a save that was cut off left them."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    empty = (folder / "checkpoints").is_dir() and all(p.name[0] == "." for p in (folder / "checkpoints").iterdir())
-    shown = [name for name in names if name[0] != "." and not (empty and name == "checkpoints")]
-    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
-
-
-def claim_folder(folder: Path) -> IO | None:
-    """An open file that only this process has locked, until it ends, however it does; None where another one has it.
-
-    It lies in the folder, or in the nearest one above that is there. File systems without locks give it to everybody.
-    """
-    folder = folder.resolve()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    name = ".claim" if place == folder else f".claim-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    file = open(place / name, "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-            raise BlockingIOError  # its holder is just leaving
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        file.close()
-        return None
-    except OSError:
-        pass
-    atexit.register(release_claim, file)
-    return file
-
-
-def release_claim(claim: IO | None) -> None:
-    """Give a folder back: remove the file, then the lock."""
-    if claim is not None and not claim.closed:
-        Path(claim.name).unlink(missing_ok=True)
-        claim.close()
-
-
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Errors of the file system as one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"output_dir {folder} cannot be written ({error.strerror}): give another one.") from error
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's mapping; empty where there is none."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-MARK = "run.json"  # in an exported folder: which run wrote it, after which step, which files
-# Settings that a run may change when it is resumed: they cost time or memory only, ...
-FREE = {"gradient_checkpointing", "activation_offloading", "compile", "attn_implementation", "merge_weights"}
-FREE |= {"bnb_4bit_quant_storage", "eval_reward", "precompute_ref_log_probs", "prompts_per_step"}
-# ... or decide what is compared itself: the rows, and the weights and the dtype that training began with.
-OF_WEIGHTS = ("model_id", "revision", "torch_dtype", "from_scratch", "trust_remote_code")
-
-
-def settings_of_identity(loop: str, settings: dict) -> dict:
-    """`decides`: settings that make it another run; `rows_from`, `weights_from`: those that explain other digests."""
-    own = {key: value for key, value in settings.items() if not isinstance(value, dict)}
-    model, rollout = settings["model"], settings.get("rollout", {})
-    decides = {**own, **model, **settings.get("reward", {})}
-    if loop == "grpo":
-        decides |= {key: rollout[key] for key in ("num_generations", *vars(Sampling())) if key in rollout}
-    for key in (*FREE, *OF_WEIGHTS, "tokenizer_id"):
-        decides.pop(key, None)
-    unused = ("lora_", "use_", "modules_to_save") if not model["lora_r"] else ()
-    unused += () if model["load_in_4bit"] else ("bnb_",)
-    decides = {key: value for key, value in decides.items() if key == "lora_r" or not key.startswith(unused)}
-    rows = {"tokenizer_id": model["tokenizer_id"], **settings["data"], **settings.get("encode", {})}
-    given = settings.get("reward", {}).get("reward_functions", ())
-    for name in given.split(",") if isinstance(given, str) else given:  # told on resume: a reward may be mended
-        module, _, function = name.strip().partition(":")
-        with suppress(KeyError, AttributeError, OSError, TypeError):  # one of ours, or without source
-            source = inspect.getsource(getattr(sys.modules[module], function)).encode()
-            rows[f"code of {name.strip()}"] = hashlib.sha256(source).hexdigest()[:8]
-    found = {"decides": decides, "rows_from": rows, "weights_from": {key: model[key] for key in OF_WEIGHTS}}
-    return json.loads(json.dumps(without_passwords(found)))
-
-
-def refuse_other_run(where: str, old: dict, new: dict) -> None:
-    """Raise ValueError, naming what differs, unless a run with the identity `new` may go on from `old`.
-
-    What an older version did not record is not compared.
-    """
-
-    def differing(before: dict, after: dict) -> list[str]:
-        return [f"{k} {before[k]} and this run {v}" for k, v in after.items() if k in before and before[k] != v]
-
-    def pick(identity: dict, *keys: str) -> dict:
-        return {key: identity[key] for key in keys if key in identity}
-
-    sizes = ("loop", "seed", "rows", "packing_strategy", "mixed_precision")
-    found = differing(pick(old, *sizes), pick(new, *sizes)) + differing(old.get("decides", {}), new["decides"])
-    for digest, source, name in (("digest", "rows_from", "dataset_name"), ("weights", "weights_from", "model_id")):
-        if digest in old and old[digest] != new.get(digest):
-            found += differing(old.get(source, {}), new[source])
-            what = "rows" if digest == "digest" else "weights or another config.json"
-            found = found or [f"other {what} in {name} {new[source][name]} than are there now"]
-    if found:
-        raise ValueError(
-            f"{where} has {', '.join(found)}: it is of another run; resume it with its own settings, or start this one "
-            f"in another output_dir."
-        )
-    for words in differing(pick(old, "rows_per_step"), pick(new, "rows_per_step")):
-        key = "prompts_per_step" if new["loop"] == "grpo" else "train_batch_size"
-        raise ValueError(
-            f"{where} has {words}, which has another number of processes or another batch size: set {key}: "
-            f"{old['rows_per_step']} to go on with it."
-        )
-
-
-def rows_digest(rows: Sequence) -> str:
-    """Of encoded rows in their order: token ids, targets, and the columns that rewards read."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for name, value in vars(row).items():
-            if name == "number":  # its place in the data, for messages
-                continue
-            try:
-                part = array("q", value).tobytes()
-            except TypeError:
-                part = json.dumps(value, default=lambda one: type(one).__name__, skipkeys=True).encode()
-            digest.update(b"%d " % len(part) + part)
-    return digest.hexdigest()
-
-
-def weights_digest(model: Any, values: bool) -> str:
-    """Of the model's config and of its weights' names, shapes and dtypes and, with `values`, 64 values of each."""
-    config = {key: value for key, value in model.config.to_diff_dict().items() if key[0] != "_"}
-    for key in ("transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache"):
-        config.pop(key, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        digest.update(f"{plain_name(name)} {tuple(weight.shape)} {weight.dtype}".encode())
-        if values and not weight.is_meta:
-            digest.update(flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.float64).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_evaluation(config: RunConfig, settings: dict) -> None:
-    """Refuse, or name, what asks for evaluations where there are no rows for them."""
-    data = settings["data"]
-    if data["eval_dataset_name"] or data["eval_split_ratio"]:
+def _check_evaluation(config: RunConfig, values: dict) -> None:
+    """Refuse, or warn about, settings that ask for evaluations where there are no rows for them."""
+    if values.get("eval_dataset_name") or values.get("eval_split_ratio"):
         return
     if (config.save_best or "").startswith("eval/"):
         raise ValueError(
@@ -772,90 +581,6 @@ def _check_evaluation(config: RunConfig, settings: dict) -> None:
         )
     if config.eval_steps:
         logger.warning("eval_steps is %d and there are no evaluation rows: nothing is evaluated", config.eval_steps)
-
-
-def _threads_are_set() -> bool:
-    """Whether somebody chose the number of threads; one a process is the launcher's own choice."""
-    words, before = _launcher_words(), b""
-    if not words:
-        return "OMP_NUM_THREADS" in os.environ
-    with suppress(OSError):
-        before = Path(f"/proc/{os.getppid()}/environ").read_bytes()
-    chosen = any(word.partition("=")[0] == "--num_cpu_threads_per_process" for word in words)
-    return chosen or any(line.startswith(b"OMP_NUM_THREADS=") for line in before.split(b"\0"))
-
-
-def available_cpus(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs that this process may use at once: those it may run on, within its container's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # version 2, version 1
-        with suppress(OSError, ValueError):
-            quota, period = " ".join((groups / name).read_text() for name in names).split()
-            if int(quota) > 0:
-                count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
-def _find_sharding(config: RunConfig, loop: str, processes: int) -> Sharding | None:
-    """What the config or the launcher says about sharding; both at once, or something else than FSDP, is an error."""
-    launcher = read_launcher_sharding(os.environ)
-    own = read_sharding(config.fsdp, config.fsdp_config, config.cpu_offload)
-    if launcher and own:
-        raise ValueError("fsdp is set in the config and in the launcher's file; leave it in one of them.")
-    for name, word in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
-        if os.environ.get(name, "false").lower() == "true":
-            raise ValueError(f"the launcher asks for {word}; the loops shard with FSDP2: set fsdp: full_shard instead.")
-    asked = 1 if processes > 1 else _asked_processes()
-    if asked > 1:
-        raise ValueError(
-            f"the launcher was asked for {asked} processes and started one; start with `accelerate launch --multi_gpu "
-            f"--num_processes {asked} loops/{loop}.py ...` (on CPUs too), or with --num_processes 1."
-        )
-    return own or launcher
-
-
-def _launcher_words() -> list[str]:
-    """The arguments of the `accelerate launch` above this process; empty where there is none, or none can be seen."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")[:-1]
-    except OSError:  # no such file outside Linux
-        return []
-    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
-        return []
-    return words[words.index("launch") + 1 :]
-
-
-def _asked_processes() -> int:
-    """Processes that `accelerate launch` was asked for; 1 where that cannot be seen.
-
-    With `--cpu`, or `use_cpu: true` in its file, it starts one process whatever the number, and tells it nothing.
-    """
-    words = _launcher_words()
-    if not words:
-        return 1
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    arguments, _ = launch_command_parser().parse_known_args(words)
-    if arguments.num_processes is not None:
-        return arguments.num_processes
-    file = arguments.config_file or (default_config_file if Path(default_config_file).is_file() else None)
-    return load_config_from_file(file).num_processes if file else 1
-
-
-def _check_launcher(
-    accelerator: Accelerator, loop: str, processes: int, sharding: Sharding | None, precision: str
-) -> None:
-    """Raise ValueError where the launcher set what the loop sets itself, or gave less than it was asked for."""
-    if accelerator.num_processes != processes:
-        raise ValueError(
-            f"the launcher asked for {processes} processes but this one runs alone; start with "
-            f"`accelerate launch --multi_gpu --num_processes {processes} loops/{loop}.py ...`, on CPUs too."
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError("gradient_accumulation_steps is set in the launcher; give it to the loop instead.")
-    assert is_sharded(accelerator) == (sharding is not None and processes > 1), accelerator.distributed_type
-    assert accelerator.mixed_precision == precision
 
 
 def _is_shown(name: str, value: float, metrics: dict) -> bool:
@@ -893,18 +618,20 @@ def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
     return total
 
 
-_settings: dict = {}  # of the run that this process is in, for advice when memory runs out
+_current: Run | None = None  # the run of this process, for messages about errors
 
 
 @contextmanager
 def one_sentence_errors(prog: str) -> Iterator[bool]:
     """End with exit code 2 and one sentence for bad input; anything unexpected keeps its traceback.
 
-    Bad input is a ValueError or FileNotFoundError raised by this project's own code (not from inside a library) while
-    everything is built: once a step is on the stack, it is a mistake in the code. User code that calls `exit()`
+    Bad input is a ValueError or FileNotFoundError raised by this project's own code (not from inside a library) before
+    the first step or after the last one: during the steps it is a mistake in the code. User code that calls `exit()`
     ends the run with 1: only this project's own ends have the code 0. torchrun is left the sentence for its own last
     lines, so of several processes only a machine's first one prints it; yields whether this one does.
     """
+    global _current
+    _current = None
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     prints = not file or os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -936,13 +663,17 @@ def one_sentence_errors(prog: str) -> Iterator[bool]:
         end(error, 1)
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
+        settings = _current.settings if _current else {}
+        phase = _current.phase if _current else BUILDING
+        files = [Path(frame.filename).parent.name for frame in traceback.extract_tb(error.__traceback__)]
+        place = "sampling" if "rollout" in files else "reading the weights" if phase == BUILDING else "training"
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        end(explain_out_of_memory(error, _settings, num_processes=processes), 1)
+        end(explain_out_of_memory(error, leaf_values(settings), place=place, num_processes=processes), 1)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         house = Path(__file__).resolve().parents[2]
         ours = Path(frames[-1].filename).resolve()
-        in_a_step = any(frame.name in ("sample_batch", "build_microbatches", "train_step") for frame in frames)
+        in_a_step = _current is not None and _current.phase not in (BUILDING, STARTING, EXPORTING)
         rooms = ("loops", "losses", "data", "configs", "launch")
         expected = isinstance(error, ValueError | FileNotFoundError) and not in_a_step
         if expected and any(ours.is_relative_to(house / room) for room in rooms):
@@ -962,42 +693,3 @@ def _quieten(is_main: bool) -> None:
         enable_progress_bars()
     if not is_main:
         logging.getLogger("loops").setLevel(logging.ERROR)
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "flash-attn", "vllm"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _provenance(accelerator: Accelerator, seed: int, identity: dict) -> dict:
-    """Where this run came from: command, code, packages, machine, and what makes another run another one."""
-
-    def git(*words: str) -> str | None:
-        try:
-            here = Path(__file__).parent
-            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None  # not a checkout: an installed copy has no commit to name
-
-    changes = git("status", "--porcelain")
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": without_passwords(sys.argv),
-        "seed": seed,
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "packages": _versions(),
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "mixed_precision": accelerator.mixed_precision,
-        "platform": platform.platform(),
-        "identity": identity,
-    }

@@ -418,6 +418,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def leaf_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim": {"learning_rate": 1}} -> {"learning_rate": 1}: the settings of all sections; their names are unique."""
+    values: dict[str, Any] = {}
+    for name, section in settings.items():
+        values |= section if isinstance(section, Mapping) else {name: section}
+    return values
+
+
 def without_passwords(value: Any) -> Any:
     """A text, list or mapping without user and password in its addresses: `http://user:password@host` -> `http://host`.
 

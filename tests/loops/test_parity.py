@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from data.batches import BatchConfig, rows_of_step, share_of_rank
 from data.chat import Example, Pair, Prompt
 from loops import dpo, grpo, sft
-from loops.shared.guards import FiniteGuard
+from loops.shared.failures import FiniteGuard
 from loops.shared.models import build_reference
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule
 from loops.shared.policy import enable_packing

@@ -17,16 +17,10 @@ from configs.loader import load_config
 from data.chat import Example, Prompt
 from loops import dpo, grpo, sft
 from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
-from loops.shared.run import (
-    RunConfig,
-    available_cpus,
-    claim_folder,
-    one_sentence_errors,
-    refuse_other_run,
-    rows_digest,
-    settings_of_identity,
-    weights_digest,
-)
+from loops.shared.identity import refuse_other_run, rows_digest, settings_of_identity, weights_digest
+from loops.shared.launcher import available_cpus
+from loops.shared.run import RunConfig, one_sentence_errors
+from loops.shared.run_folder import claim_folder
 from loops.shared.weights import WrongLogits
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -520,7 +514,7 @@ def test_rows_and_base_are_compared_by_content(tmp_path):
 def test_settings_that_decide_the_result_make_another_run_and_others_do_not(loop, change, other):
     config = LOOPS[loop].Config()
     new = {k: replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
-    before, after = (settings_of_identity(loop, asdict(one)) for one in (config, replace(config, **new)))
+    before, after = (settings_of_identity(asdict(one)) for one in (config, replace(config, **new)))
     (key,) = change.keys() if not isinstance(change[next(iter(change))], dict) else next(iter(change.values()))
     try:
         refuse_other_run("x", before, {"loop": loop, **after})
@@ -531,7 +525,7 @@ def test_settings_that_decide_the_result_make_another_run_and_others_do_not(loop
 
 
 def test_another_number_of_rows_a_step_is_told_with_the_setting_that_keeps_it():
-    settings = settings_of_identity("sft", asdict(sft.Config()))
+    settings = settings_of_identity(asdict(sft.Config()))
     with pytest.raises(ValueError, match="rows_per_step 64 and this run 32.*set train_batch_size: 64 to go on"):
         refuse_other_run("x", {"rows_per_step": 64, **settings}, {"loop": "sft", "rows_per_step": 32, **settings})
 
@@ -553,7 +547,7 @@ def test_digests_see_order_targets_columns_and_weights():
     assert weights_digest(model, False) != after[1]
 
 
-CLAIM = "import sys, time; from loops.shared.run import claim_folder; from pathlib import Path\n"
+CLAIM = "import sys, time; from loops.shared.run_folder import claim_folder; from pathlib import Path\n"
 CLAIM += "print(claim_folder(Path(sys.argv[1])) is not None, flush=True); time.sleep(float(sys.argv[2]))"
 
 
@@ -586,6 +580,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(tmp
         with pytest.raises(ValueError, match="output_dir .* cannot be written"):
             run("sft", folder, "--max_steps", "1")
     assert "trains" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("phase", ["a step", "the first evaluation"])
+def test_an_error_in_a_step_keeps_its_traceback_and_one_before_is_a_sentence(phase, tmp_path, monkeypatch, capsys):
+    """A ValueError of our own: the run's phase decides, not the functions that it came through."""
+    rows = ["--dataset_name", "data/quickstart/sft_train.jsonl"] if phase == "a step" else ["--max_eval_samples", "4"]
+    options = ["--config", "configs/sft.yaml", "--output_dir", str(tmp_path / "run"), "--max_steps", "1", *rows]
+    config = load_config(sft.Config, [*options, "--eval_reward", "null"], prog="sft")
+    monkeypatch.setattr(sft, "sft_loss", lambda *_, **__: RunConfig(seed=-1))
+    ends = ValueError if phase == "a step" else SystemExit
+    with pytest.raises(ends) as ended, one_sentence_errors("loops/sft.py"):
+        sft.main(config)
+    assert phase == "a step" or (ended.value.code == 2 and "seed is -1" in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("leave", [exit, sys.exit])

@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from data.batches import BatchConfig, build_bins
 from data.chat import Example, Pair, Prompt
 from loops import dpo, grpo, sft
-from loops.shared.guards import FiniteGuard
+from loops.shared.failures import FiniteGuard
 from loops.shared.models import build_reference
 from loops.shared.policy import enable_packing
 from loops.shared.rollout import Completion, RolloutConfig

@@ -26,8 +26,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
-from loops.shared import guards
-from loops.shared.guards import FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
+from loops.shared import failures
+from loops.shared.failures import FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
+from loops.shared.tracking import leaf_values
 
 # The ranks. Each runs one of these functions; what it prints goes to a file.
 
@@ -125,7 +126,7 @@ def be_a_rank(target, rank, output, options):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     if options.pop("apart", False):  # as if the ranks were on different machines
-        guards._PLACE = f"machine {rank}"
+        failures._PLACE = f"machine {rank}"
     code = 1
     try:
         torch.distributed.init_process_group(
@@ -163,7 +164,7 @@ def join_store(rank, file):
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "accelerate", "tests.loops.test_guards"])
+CONTEXT.set_forkserver_preload(["torch", "accelerate", "tests.loops.test_failures"])
 
 
 @dataclass
@@ -570,7 +571,7 @@ def test_a_finite_step_between_resets_the_patience(accelerator, capsys):
 # Out of memory.
 
 
-MESSAGE = (
+ERROR = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1 GiB is free."
 )
 
@@ -578,19 +579,6 @@ MESSAGE = (
 def settings_of(loop: str) -> dict:
     """A loop's config with its defaults; imported here, since the ranks above have no use for the loops."""
     return asdict(importlib.import_module(f"loops.{loop}").Config())
-
-
-def raised_in(*functions: str) -> torch.OutOfMemoryError:
-    """The error as it arrives from functions of these names, the last one innermost."""
-    code = "def inner():\n    raise torch.OutOfMemoryError(MESSAGE)\ncall = inner\n"
-    for name in reversed(functions):
-        code += f"def {name}(call=call):\n    call()\ncall = {name}\n"
-    names = {"torch": torch, "MESSAGE": MESSAGE}
-    exec(code, names)
-    try:
-        names["call"]()
-    except torch.OutOfMemoryError as error:
-        return error
 
 
 def order(text: str, *keys: str) -> bool:
@@ -605,7 +593,7 @@ def test_out_of_memory_in_training_says_what_to_change_in_which_order():
         "encode": {"max_seq_length": 2048},
         "run": {"fsdp": {}, "cpu_offload": False},
     }
-    text = explain_out_of_memory(raised_in("main", "train_step"), settings, num_processes=8)
+    text = explain_out_of_memory(ERROR, leaf_values(settings), num_processes=8)
     keys = ("max_tokens_per_batch", "gradient_checkpointing", "fsdp", "lora_r", "load_in_4bit", "max_seq_length")
     assert order(text, *keys)
     assert "1. max_tokens_per_batch: 8192 (now 16384)" in text and "gradient_checkpointing: true (now false" in text
@@ -619,24 +607,24 @@ def test_without_a_token_budget_smaller_micro_batches_keep_the_steps_rows():
     settings = {
         "batch": {"max_tokens_per_batch": 0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}
     }
-    text = explain_out_of_memory(raised_in("train_step"), settings)
+    text = explain_out_of_memory(ERROR, leaf_values(settings))
     assert "1. per_device_train_batch_size: 4 (now 8), 2. gradient_accumulation_steps: 6 (now 3" in text
 
 
 def test_out_of_memory_while_sampling_starts_with_the_rollout():
     settings = settings_of("grpo")
     settings["rollout"] |= {"max_decode_batch": 64, "max_completion_length": 512}
-    text = explain_out_of_memory(raised_in("main", "sample_batch"), settings)
+    text = explain_out_of_memory(ERROR, leaf_values(settings), place="sampling")
     assert "while sampling" in text and "1. max_decode_batch: 32 (now 64" in text
     assert "max_completion_length: 256 (now 512)" in text and "gradient_checkpointing" not in text
     settings["rollout"]["vllm_gpu_memory_utilization"] = 0.9
-    text = explain_out_of_memory(raised_in("main", "sample_batch"), settings)
+    text = explain_out_of_memory(ERROR, leaf_values(settings), place="sampling")
     assert "1. vllm_gpu_memory_utilization: 0.8 (now 0.9)" in text
 
 
 def test_out_of_memory_while_reading_weights_talks_of_weights():
     settings = settings_of("sft")
-    text = explain_out_of_memory(raised_in("main", "build_policy"), settings)
+    text = explain_out_of_memory(ERROR, leaf_values(settings), place="reading the weights")
     assert "reading the weights" in text and "load_in_4bit" in text
     assert "batch_size" not in text and "max_seq_length" not in text
 
@@ -646,16 +634,16 @@ def test_what_is_set_already_is_not_advised():
         "model": {"gradient_checkpointing": True, "lora_r": 8, "load_in_4bit": True},
         "batch": {"max_tokens_per_batch": 0, "per_device_train_batch_size": 1},
     }
-    text = explain_out_of_memory(raised_in("train_step"), settings)
+    text = explain_out_of_memory(ERROR, leaf_values(settings))
     assert text.endswith("; nothing is left to save: take more or larger GPUs.")
 
 
 @pytest.mark.parametrize("loop", ["sft", "dpo", "grpo"])
-@pytest.mark.parametrize("place", ["train_step", "sample_batch", "build_policy"])
+@pytest.mark.parametrize("place", ["training", "sampling", "reading the weights"])
 def test_only_settings_that_exist_are_advised(loop, place):
     settings = settings_of(loop)
     known = {key for value in settings.values() if isinstance(value, dict) for key in value} | set(settings)
-    text = explain_out_of_memory(raised_in(place), settings, num_processes=2)
+    text = explain_out_of_memory(ERROR, leaf_values(settings), place=place, num_processes=2)
     advised = [part.split(":")[0].split(". ")[1] for part in text.split("in this order: ")[1].split("), ")]
     assert advised and set(advised) <= known
 
@@ -666,5 +654,5 @@ def test_a_real_out_of_memory_is_explained():
     try:
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     except torch.OutOfMemoryError as error:
-        text = explain_out_of_memory(error, settings_of("sft"))
+        text = explain_out_of_memory(error, leaf_values(settings_of("sft")))
     assert "Tried to allocate" in text and "gradient_checkpointing: true" in text

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -472,61 +472,40 @@ def _shown(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:64])) + more
 
 
-def explain_out_of_memory(error: torch.OutOfMemoryError, settings: dict[str, Any], *, num_processes: int = 1) -> str:
-    """Which settings to change, best first, given the values of this run.
+def explain_out_of_memory(
+    error: torch.OutOfMemoryError, values: Mapping[str, Any], *, place: str = "training", num_processes: int = 1
+) -> str:
+    """Which settings to change; those that leave the result as it is come first.
 
-    settings: the run's config as a mapping of sections. What leaves the result as it is comes before what changes it.
-    The place of the error decides what comes first: reading weights, sampling, or the update.
+    values: this run's settings by name. place: "reading the weights", "sampling" or "training".
     """
-    values: dict[str, Any] = {}
-    for name, section in settings.items():
-        values |= section if isinstance(section, dict) else {name: section}
-    places = [(Path(f.filename).as_posix(), f.name) for f in traceback.extract_tb(error.__traceback__)]
-    sampling = any("/rollout/" in file or name == "sample_batch" for file, name in places)
-    loading = any(name in ("build_policy", "build_reference", "prepare") for _, name in places)
+    now = values.get
 
-    advice: list[tuple[str, object, str]] = []  # key, new value, why
+    def half(key: str, least: int = 1) -> int:
+        value = (now(key) or 0) // 2
+        return value if value >= least else 0
 
-    def advise(condition: bool, key: str, value: object, why: str = "") -> None:
-        if condition and key in values:
-            advice.append((key, value, why))
-
-    def half(key: str, least: int) -> None:
-        advise((values.get(key) or 0) > least, key, max(least, (values.get(key) or 0) // 2))
-
-    rows = values.get("per_device_train_batch_size") or 1
-    weights = values.get("lora_r") == 0  # all of them are trained
-    if sampling:
-        share = values.get("vllm_gpu_memory_utilization")
-        if share:
-            advise(share > 0.3, "vllm_gpu_memory_utilization", round(share - 0.1, 2))
-        batch = values.get("max_decode_batch") or rows * (values.get("gradient_accumulation_steps") or 1)
-        advise(batch > 1, "max_decode_batch", max(1, batch // 2), "fewer completions at a time, the same tokens")
-        half("prefill_token_budget", 2048)
-    if not loading and not sampling:
-        half("max_tokens_per_batch", 1024)
-        if not values.get("max_tokens_per_batch") and rows > 1:
-            advise(True, "per_device_train_batch_size", rows // 2)
-            if not values.get("train_batch_size"):  # which fixes the step's rows by itself
-                steps = values.get("gradient_accumulation_steps") or 1
-                advise(True, "gradient_accumulation_steps", 2 * steps, "the step keeps its rows")
-        advise(not values.get("gradient_checkpointing"), "gradient_checkpointing", "true", "about a third more time")
-        advise(not values.get("activation_offloading"), "activation_offloading", "true", "slower")
-    sharded = bool(values.get("fsdp"))
-    advise(num_processes > 1 and not sharded, "fsdp", "full_shard", f"weights over {num_processes} processes")
-    advise(weights, "lora_r", 32, "adapters instead of all weights: another training")
-    quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
-    advise(not quantised, "load_in_4bit", "true", "with lora_r above 0")
-    advise(sharded and not values.get("cpu_offload"), "cpu_offload", "true", "much slower")
-    if not loading:
-        half("max_completion_length", 64)
-        half("max_seq_length", 256)
-    listed = ", ".join(
-        f"{number}. {key}: {value} (now {str(values[key]).lower() if isinstance(values[key], bool) else values[key]}"
-        f"{'; ' + why if why else ''})"
-        for number, (key, value, why) in enumerate(advice, 1)
-    )
-    place = "reading the weights" if loading else "sampling" if sampling else "training"
+    changes: list[tuple[str, object]] = []  # setting, new value (empty: no change)
+    if place == "sampling":
+        share, decoded = now("vllm_gpu_memory_utilization") or 0, now("max_decode_batch")
+        changes += [("vllm_gpu_memory_utilization", round(share - 0.1, 2) if share > 0.3 else 0)]
+        changes += [("max_decode_batch", half("max_decode_batch") if decoded else 16)]  # 0: all at once
+        changes += [("prefill_token_budget", half("prefill_token_budget", 2048))]
+    elif place == "training":
+        rows = 0 if now("max_tokens_per_batch") else half("per_device_train_batch_size")
+        steps = 2 * (now("gradient_accumulation_steps") or 1) if rows and not now("train_batch_size") else 0
+        changes += [("max_tokens_per_batch", half("max_tokens_per_batch", 1024))]
+        changes += [("per_device_train_batch_size", rows), ("gradient_accumulation_steps", steps)]
+        changes += [(key, "" if now(key) else "true") for key in ("gradient_checkpointing", "activation_offloading")]
+    changes += [("fsdp", "full_shard" if num_processes > 1 and not now("fsdp") else "")]
+    changes += [("lora_r", 32 if now("lora_r") == 0 else 0)]
+    changes += [("load_in_4bit", "" if now("load_in_4bit") or now("load_in_8bit") else "true")]
+    changes += [("cpu_offload", "true" if now("fsdp") and not now("cpu_offload") else "")]
+    if place != "reading the weights":
+        changes += [("max_completion_length", half("max_completion_length", 64))]
+        changes += [("max_seq_length", half("max_seq_length", 256))]
+    listed = [f"{key}: {value} (now {str(now(key)).lower()})" for key, value in changes if value and key in values]
+    numbered = ", ".join(f"{number}. {change}" for number, change in enumerate(listed, 1))
     first = str(error).split(". GPU")[0].split("\n")[0].rstrip(".")
-    todo = f"change, in this order: {listed}" if listed else "nothing is left to save: take more or larger GPUs"
+    todo = f"change, in this order: {numbered}" if listed else "nothing is left to save: take more or larger GPUs"
     return f"out of GPU memory while {place} ({first}); {todo}."

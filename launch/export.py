@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from configs.loader import load_config
 from launch.trained import Trained, find_trained, hint_at_base_model, rebuild_policy
-from loops.shared.checkpoint_folder import REPLACED
+from loops.shared.checkpoint_files import REPLACED
 from loops.shared.layers import LOGITS_TOLERANCE
 from loops.shared.models import build_tokenizer
 from loops.shared.run import one_sentence_errors

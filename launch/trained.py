@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.text import read_file
-from loops.shared.checkpoint_folder import REPLACED, TEMPORARY, read_manifest, read_state, read_weights
+from loops.shared.checkpoint_files import REPLACED, TEMPORARY, read_manifest, read_state, read_weights
 from loops.shared.models import ModelConfig, build_policy, resolve_dtype
 
 if TYPE_CHECKING:

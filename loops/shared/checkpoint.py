@@ -1,6 +1,6 @@
 """Saving checkpoints that are whole or not there, and a resume that goes on as if nothing had happened.
 
-A checkpoint (its files: checkpoint_folder.py) holds names and pieces of whole tensors, not positions, so nothing in it
+A checkpoint (its files: checkpoint_files.py) holds names and pieces of whole tensors, not positions, so nothing in it
 depends on how the model was wrapped or on how many ranks it was cut for. A frozen base is read from its own folder,
 never written.
 
@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
-from loops.shared.checkpoint_folder import (
+from loops.shared.checkpoint_files import (
     FORMAT,
     MANIFEST,
     METADATA,

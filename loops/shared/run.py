@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
 from loops.shared.checkpoint import NotSaved, Saver, load_checkpoint
-from loops.shared.checkpoint_folder import find_checkpoint, read_extra, read_manifest, read_state
+from loops.shared.checkpoint_files import find_checkpoint, read_extra, read_manifest, read_state
 from loops.shared.failures import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
 from loops.shared.identity import (
     package_versions,

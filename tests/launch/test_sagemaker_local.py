@@ -91,7 +91,7 @@ def test_a_job_trains_on_two_processes_and_leaves_a_model_that_loads(whole):
 
 
 def test_sigterm_to_pid_1_ends_the_job_with_a_whole_checkpoint_in_time(stopped):
-    from loops.shared.checkpoint_folder import find_checkpoint, read_state
+    from loops.shared.checkpoint_files import find_checkpoint, read_state
 
     _, host, codes, seconds = stopped
     print(f"SIGTERM to PID 1 -> exit: {seconds:.1f} s")

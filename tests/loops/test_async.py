@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from configs.loader import load_config
 from loops import grpo
-from loops.shared.checkpoint_folder import read_extra
+from loops.shared.checkpoint_files import read_extra
 from loops.shared.rollout.ahead import Ahead
 from loops.shared.rollout.weight_transfer import free_port
 

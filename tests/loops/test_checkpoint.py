@@ -35,7 +35,7 @@ from torch.distributed.fsdp import fully_shard
 
 from loops.shared import checkpoint
 from loops.shared.checkpoint import NotSaved, Saver, load_checkpoint, random_state
-from loops.shared.checkpoint_folder import find_checkpoint, read_extra, read_manifest, read_weights
+from loops.shared.checkpoint_files import find_checkpoint, read_extra, read_manifest, read_weights
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, learning_rate_at
 
 TOTAL, HALF = 6, 3

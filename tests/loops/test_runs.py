@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.loader import load_config
 from data.chat import Example, Prompt
 from loops import dpo, grpo, sft
-from loops.shared.checkpoint_folder import MANIFEST, STATE, checksum
+from loops.shared.checkpoint_files import MANIFEST, STATE, checksum
 from loops.shared.identity import refuse_other_run, rows_digest, settings_of_identity, weights_digest
 from loops.shared.launcher import available_cpus
 from loops.shared.run import RunConfig, one_sentence_errors

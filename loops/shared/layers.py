@@ -48,6 +48,18 @@ def layer_classes(model: nn.Module) -> list[str]:
     return sorted(declared or {type(block).__name__ for block in largest_list(model)})
 
 
+def parameter_counts(model: nn.Module) -> tuple[int, int, int]:
+    """(trainable parameters, all parameters, bytes that all of them take); 4-bit weights count unpacked."""
+    trainable, total, size = 0, 0, 0
+    for parameter in model.parameters():
+        quant_state = getattr(parameter, "quant_state", None)
+        count = quant_state.shape.numel() if quant_state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+        size += parameter.numel() * parameter.element_size()
+    return trainable, total, size
+
+
 def checkpoint_activations(model: Any) -> None:
     """Recompute the decoder layers' activations in backward.
 

@@ -6,39 +6,41 @@ import copy
 import importlib.util
 import json
 import logging
-import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from loops.shared.layers import checkpoint_activations, offload_activations, reshard
+from loops.shared.adapters import (
+    ADAPTER,
+    REFERENCE_ADAPTER,
+    SavedAdapter,
+    add_adapter,
+    changes_nothing,
+    continue_adapter,
+    disable_bnb_eval_kernels,
+    modules_without_text,
+    quiet_peft,
+    upcast_modules_to_save,
+)
+from loops.shared.layers import checkpoint_activations, offload_activations, parameter_counts, reshard
+from loops.shared.tracking import first_line
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"  # peft's own name for the one adapter that is trained, saved and merged
-REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that training continues from
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
-# Parts of a LoRA adapter made elsewhere that train something other than the low-rank pair of a weight: merging and the
-# reference would not account for them.
-_FOREIGN_LORA = ("trainable_token_indices", "layer_replication", "lora_bias")
-_MERGEABLE_LAYERS = ("Linear", "Embedding", "ParamWrapper", "Linear4bit", "Linear8bitLt")  # peft's own, no others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,34 +308,22 @@ def build_policy(
             add_stop_tokens(base, tokenizer, stop_tokens)
         if config.disable_dropout:
             _without_dropout(base)
-        if left := _unreached(base):
+        if left := modules_without_text(base):
             logger.warning("%s stay as they are: no text reaches them", ", ".join(left))
             for name in left:
                 base.get_submodule(name).requires_grad_(False)
         policy: Any = base
         if source.adapter:
-            policy = _continue_adapter(base, source.adapter, config)
+            policy = continue_adapter(base, _read_adapter(source.adapter), _lora(config), merge=config.exports_merged)
         elif config.lora_r > 0:
-            policy = _add_adapter(base, config)
+            policy = add_adapter(base, _lora(config), merge=config.exports_merged)
 
     if config.gradient_checkpointing:
         checkpoint_activations(base)
     if config.activation_offloading:
         offload_activations(policy)
-    _steady_bitsandbytes(policy)
+    disable_bnb_eval_kernels(policy)
     return policy.train()
-
-
-def parameter_counts(model: nn.Module) -> tuple[int, int, int]:
-    """(trainable parameters, all parameters, bytes that all of them take); 4-bit weights count unpacked."""
-    trainable, total, size = 0, 0, 0
-    for parameter in model.parameters():
-        quant_state = getattr(parameter, "quant_state", None)
-        count = quant_state.shape.numel() if quant_state is not None else parameter.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-        size += parameter.numel() * parameter.element_size()
-    return trainable, total, size
 
 
 def parameter_line(model: nn.Module) -> str:
@@ -395,7 +385,7 @@ def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:
     )
     if not isinstance(policy, PeftModel):
         return Reference(copy.deepcopy(policy).requires_grad_(False).eval(), "copy")
-    if _changes_nothing(policy):
+    if changes_nothing(policy):
         return Reference(policy, "base")
 
     flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
@@ -405,7 +395,7 @@ def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:
         settings.init_lora_weights = True  # pissa, olora, loftq, ... would change the base weights a second time
         policy.add_adapter(REFERENCE_ADAPTER, settings)
     policy.set_adapter(ADAPTER)
-    _raise_saved_modules(policy)
+    upcast_modules_to_save(policy)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             parts = name.split(".")
@@ -414,7 +404,7 @@ def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:
                 parameter.copy_(policy.get_parameter(original)).requires_grad_(False)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-    _steady_bitsandbytes(policy)
+    disable_bnb_eval_kernels(policy)
     return Reference(policy.train(policy.training), "adapter")
 
 
@@ -555,332 +545,35 @@ def _quantisation(config: ModelConfig, device: torch.device, for_fsdp: bool) -> 
     )
 
 
-def _steady_bitsandbytes(model: nn.Module) -> None:
-    """Make quantised layers compute the same in training and in evaluation mode, whatever came before.
-
-    4-bit: on CPUs with AVX512-BF16 the first forward in evaluation mode repacks the weights for good, and every later
-    training forward then runs through a kernel without autograd: wrong gradients below that layer, and no error.
-    8-bit: on CPUs evaluation mode rounds activations to 8 bits and training mode does not, so a reference, a sampler
-    and the policy would disagree about the same weights (by 0.1 in the logits of a small model).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        elif type(module).__name__ == "Linear8bitLt":
-            module.train()
-            module.train = MethodType(_stay_training, module)  # type: ignore[method-assign]
-
-
-def _stay_training(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
-
-
-def _add_adapter(base: PreTrainedModel, config: ModelConfig) -> PeftModel:
-    """A fresh LoRA adapter on a base that is frozen by it."""
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
+def _lora(config: ModelConfig) -> LoraConfig:
+    """peft's settings of the adapter."""
+    from peft import LoraConfig
 
     targets = split_names(config.lora_target_modules)
-    _check_modules_exist(base, "lora_target_modules", [] if targets == ["all-linear"] else targets)
-    saved = split_names(config.modules_to_save)
-    _check_modules_exist(base, "modules_to_save", saved)
     alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
-    lora = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
+        revision=config.revision,
         r=config.lora_r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides by r
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        exclude_modules=_excluded(base, everything=targets == ["all-linear"]),
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        modules_to_save=saved or None,
+        modules_to_save=split_names(config.modules_to_save) or None,
     )
-    with quiet_peft(f"lora_target_modules {', '.join(targets)}, on {type(base).__name__}"):
-        policy: Any = get_peft_model(base, lora, adapter_name=ADAPTER, revision=config.revision)
-    if config.use_rslora:  # peft doubles rank and alpha where it fuses two of a layer's weights: right for alpha/r only
-        lora = policy.peft_config[ADAPTER]
-        for key, rank in lora.rank_pattern.items():
-            lora.alpha_pattern[key] = alpha * math.sqrt(rank / lora.r)
-        for layer in policy.modules():
-            if isinstance(layer, LoraLayer) and layer.r[ADAPTER] != lora.r:
-                layer.lora_alpha[ADAPTER] = alpha * math.sqrt(layer.r[ADAPTER] / lora.r)
-                layer.set_scale(ADAPTER, 1.0)
-    _check_layers(policy, merge=config.exports_merged)
-    _raise_saved_modules(policy)
-    if targets == ["all-linear"]:
-        _say_what_is_left_out(policy)
-    return policy
 
 
-def _unreached(base: Any) -> list[str]:
-    """Modules of a vision or audio model that text never reaches: neither in its decoder nor at one of its ends."""
-    if base.config.get_text_config() is base.config:
-        return []
-    ends = (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings())
-    reached = {id(parameter) for module in ends if module is not None for parameter in module.parameters()}
-
-    def outside(module: nn.Module, path: str) -> Iterator[str]:
-        inside = [id(parameter) in reached for parameter in module.parameters()]
-        if inside and not any(inside):
-            yield path
-        elif not all(inside):
-            for name, child in module.named_children():
-                yield from outside(child, f"{path}.{name}" if path else name)
-
-    return list(outside(base, ""))
-
-
-def _excluded(base: nn.Module, *, everything: bool) -> str | None:
-    """peft's `exclude_modules`: what text never reaches; of `everything` also what looks linear and is not.
-
-    Routers that give back more than a product, and the projections of state-space layers (they have a convolution and
-    a D) whose weights a fused kernel reads itself: adapters there would get no gradient.
-    """
-    patterns = [rf"{re.escape(name)}(\..*)?" for name in _unreached(base)]
-    for path, module in base.named_modules() if everything else ():
-        parent = path.rsplit(".", 2)[-2:]
-        if _is_own_linear(module):
-            patterns.append(r"(.*\.)?" + re.escape(".".join(parent)))
-        if isinstance(getattr(module, "conv1d", None), nn.Conv1d) and isinstance(
-            getattr(module, "D", None), nn.Parameter
-        ):
-            patterns.append(rf"(.*\.)?{re.escape(parent[-1])}\.(out_proj|x_proj|dt_proj)")
-    return "|".join(dict.fromkeys(patterns)) or None
-
-
-def _is_own_linear(module: nn.Module) -> bool:
-    """Whether a model brings this subclass of a linear layer, with a forward of its own."""
-    own = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
-    return own and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-
-
-def _say_what_is_left_out(policy: Any) -> None:
-    """One line about the matrices that all-linear does not adapt, such as experts in tensors unknown to peft."""
-    from peft.tuners.lora import LoraLayer
-
-    base = policy.get_base_model()
-    layers = [layer for layer in policy.modules() if isinstance(layer, LoraLayer)]
-    known = {id(getattr(layer.get_base_layer(), adapted_name(layer))) for layer in layers}
-    aside = [base.get_output_embeddings(), *(base.get_submodule(name) for name in _unreached(base))]
-    for module in base.modules():
-        if isinstance(module, (nn.Embedding, nn.Conv1d)) or any(module is other for other in aside):
-            known |= {id(parameter) for parameter in module.parameters()}
-    left: dict[str, int] = {}
-    for name, parameter in base.named_parameters():
-        trained = parameter.requires_grad or "original_module" in name
-        matrix = parameter.ndim > 2 or (parameter.ndim == 2 and name.endswith("weight"))
-        if matrix and not trained and id(parameter) not in known:
-            short = ".".join(part for part in name.split(".") if part != "base_layer" and not part.isdigit())
-            short = ".".join(short.removesuffix(".weight").split(".")[-2:])
-            left[short] = left.get(short, 0) + parameter.numel()
-    share = sum(left.values()) / parameter_counts(base)[1]
-    if share > 0.01:
-        logger.warning("all-linear adapts no %s, which are %.0f%% of the weights", ", ".join(left), 100 * share)
-
-
-def _continue_adapter(base: PreTrainedModel, folder: Path, config: ModelConfig) -> PeftModel:
-    """The adapter of a folder, trainable; its own settings count, the config's are told apart in one line."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+def _read_adapter(folder: Path) -> SavedAdapter:
+    """The settings and tensors of an adapter's folder. Raises ValueError where it has none that can be read safely."""
+    from peft import PeftConfig
     from safetensors.torch import load_file
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"model_id: {folder} has no adapter_model.safetensors; pickled adapters are not read.")
     with _loading("model_id", str(folder)):
-        tensors = load_file(file)
-        saved: Any = PeftConfig.from_pretrained(str(folder))
-    if saved.peft_type != "LORA":
-        raise ValueError(f"model_id: {folder} is an adapter of type {saved.peft_type}; only LORA can be continued.")
-    foreign = [name for name in _FOREIGN_LORA if getattr(saved, name, None)]
-    foreign += ["bias"] if saved.bias != "none" else []
-    if foreign:
-        raise ValueError(f"model_id: {folder}/adapter_config.json sets {foreign[0]}, which cannot be continued.")
-    _trust_the_tensors(saved, tensors, base, folder)
-    if isinstance(saved.target_modules, (list, set)):
-        _check_modules_exist(base, f"{folder}/adapter_config.json: target_modules", sorted(saved.target_modules))
-
-    pairs = {
-        "lora_r": (config.lora_r, saved.r),
-        "lora_alpha": (config.lora_alpha, saved.lora_alpha),
-        "lora_dropout": (config.lora_dropout, saved.lora_dropout),
-        "use_dora": (config.use_dora, saved.use_dora),
-        "use_rslora": (config.use_rslora, saved.use_rslora),
-    }
-    differing = [f"{key} {theirs} (not {ours})" for key, (ours, theirs) in pairs.items() if ours != theirs]
-    if differing:
-        logger.warning("continuing the adapter %s with its own %s", folder, ", ".join(differing))
-
-    saved.inference_mode = False
-    with quiet_peft(f"model_id: the adapter {folder}"):
-        policy: Any = get_peft_model(base, saved, adapter_name=ADAPTER, revision=saved.revision)
-    _check_layers(policy, merge=config.exports_merged)
-    _raise_saved_modules(policy)  # before the weights are read, which would be rounded otherwise
-    # peft would only warn about tensors that found no place, and leave the others random.
-    places = get_peft_model_state_dict(policy, adapter_name=ADAPTER, save_embedding_layers=False)
-    odd = set(tensors) ^ set(places)
-    odd |= {name for name in set(tensors) & set(places) if tensors[name].shape != places[name].shape}
-    if odd:
-        raise ValueError(
-            f"model_id: {len(odd)} tensors of {file} do not fit its base model, such as {min(odd)}; "
-            "correct base_model_name_or_path in adapter_config.json."
-        )
-    set_peft_model_state_dict(policy, tensors, adapter_name=ADAPTER)
-    return policy
-
-
-def _trust_the_tensors(saved: Any, tensors: dict[str, torch.Tensor], base: nn.Module, folder: Path) -> None:
-    """Names and ranks of an adapter from its tensors, where its config has patterns that may run for ever, or lies."""
-    file = folder / "adapter_config.json"
-    rank = max((tensor.shape[0] for name, tensor in tensors.items() if "_A." in f"{name}."), default=0)
-    ranks, alphas = saved.rank_pattern or {}, saved.alpha_pattern or {}
-    if not isinstance(saved.r, int) or (saved.r > rank and not ranks):
-        raise ValueError(f"model_id: {file} has r {saved.r}, and {rank} is the rank of its tensors; correct r.")
-    saved.r = min(saved.r, rank)  # of modules that are not in rank_pattern
-    for key, largest in ranks.items():
-        if largest > rank:
-            raise ValueError(f"model_id: {file} has rank {largest} for {key}, and {rank} is the rank of its tensors.")
-    for key in (*ranks, *alphas):
-        if re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+{]", key)) > 3:
-            raise ValueError(f"model_id: {file} has the pattern {key} for ranks or alphas; write plain module names.")
-    if not any(isinstance(names, str) for names in (saved.target_modules, saved.exclude_modules)):
-        if not saved.layers_pattern:
-            return
-    parameters = tuple(f".{name}" for name in saved.target_parameters or ())
-    modules = dict(base.named_modules())
-    named = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in tensors if ".lora_" in name}
-    saved.target_modules = {
-        name
-        for name in named
-        if not parameters or (hasattr(modules.get(name), "weight") and not f".{name}.weight".endswith(parameters))
-    }
-    saved.exclude_modules = saved.layers_to_transform = saved.layers_pattern = None
-
-
-def _check_modules_exist(base: nn.Module, key: str, names: list[str]) -> None:
-    """Every name must end the path of at least one module: peft would skip the others without a word."""
-    paths = [path for path, _ in base.named_modules() if path]
-    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
-    if unknown:
-        leaves = [path for path, module in base.named_modules() if path and getattr(module, "weight", None) is not None]
-        rest = f" (and {len(unknown) - 3} more)" if len(unknown) > 3 else ""
-        existing = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in leaves))
-        raise ValueError(
-            f"{key}: no module of {type(base).__name__} is called {', '.join(unknown[:3])}{rest}; there are, "
-            f"for instance, {', '.join(existing[:12])}."
-        )
-
-
-def _check_layers(policy: PeftModel, *, merge: bool) -> None:
-    """Every adapter must be on a linear layer, on experts, or (without DoRA) on an embedding; and known to `merge`."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [(path, module) for path, module in policy.named_modules() if isinstance(module, LoraLayer)]
-    if not layers:
-        raise ValueError("lora_target_modules: no module of the model takes an adapter; name its linear layers.")
-    for path, layer in layers:
-        linear = ADAPTER in layer.lora_A and layer.lora_A[ADAPTER].weight.ndim == 2
-        linear = linear and not _is_own_linear(layer.get_base_layer())
-        if not linear and ADAPTER not in layer.lora_embedding_A:
-            raise ValueError(f"lora_target_modules: {path} is neither linear nor an embedding; leave it out.")
-        if not linear and layer.use_dora.get(ADAPTER):
-            raise ValueError(f"lora_target_modules: {path} is an embedding, which use_dora does not cover; drop one.")
-    if merge:
-        refuse_unmergeable(policy)
-
-
-def adapted_name(layer: Any) -> str:
-    """The name that the weight of a LoRA layer has in its module; `weight` but for the experts of a MoE."""
-    return getattr(layer, "parameter_name", "weight")
-
-
-def refuse_unmergeable(policy: nn.Module) -> None:
-    """Raise ValueError for an adapter that is not W + scaling * B A (or DoRA) on ordinary or bitsandbytes' weights."""
-    from peft.tuners.lora import LoraLayer
-
-    for path, layer in policy.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        kind = type(layer).__name__.removeprefix("FSDP")
-        variant = layer.lora_variant.get(ADAPTER)
-        weight = getattr(layer.get_base_layer(), adapted_name(layer), None)
-        numbers = getattr(weight, "dtype", None) in _DTYPES.values()
-        if kind in _MERGEABLE_LAYERS and (numbers or type(weight).__name__ in ("Params4bit", "Int8Params")):
-            if variant is None or type(variant).__name__.startswith("Dora"):
-                continue
-            kind = type(variant).__name__
-        raise ValueError(
-            f"lora_target_modules: the adapter of {path} ({kind}) cannot be merged into its weights; leave that "
-            "module out, or set merge_weights: false."
-        )
-
-
-def _raise_saved_modules(policy: PeftModel) -> None:
-    """Give `modules_to_save` at least float32, as peft does for adapters only; the model around them keeps its dtype.
-
-    Inputs are cast on the way in, and outputs back on the way out, except those of the head: logits stay float32.
-    """
-    from peft.utils import ModulesToSaveWrapper
-
-    base: Any = policy.get_base_model()
-    head = base.get_output_embeddings()
-    for wrapper in policy.modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            continue
-        for module in wrapper.modules_to_save.values():
-            narrow = [p for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-            if not narrow:
-                continue
-            outer = narrow[0].dtype
-            for parameter in narrow:
-                parameter.data = parameter.data.float()
-            module.register_forward_pre_hook(_cast_inputs)
-            if wrapper is not head:
-                module.register_forward_hook(partial(_cast_output, dtype=outer))
-
-
-def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
-    dtype = next(module.parameters()).dtype  # read now: FSDP computes in another one than it stores
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def _cast_output(module: nn.Module, inputs: tuple, output: Any, *, dtype: torch.dtype) -> Any:
-    return output.to(dtype) if isinstance(output, torch.Tensor) else output
-
-
-def _changes_nothing(policy: PeftModel) -> bool:
-    """Whether the adapter is still the identity: B (or an embedding's A) zero, saved modules equal to the originals."""
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    for module in policy.modules():
-        if isinstance(module, LoraLayer):
-            zeros: Any = [module.lora_B[ADAPTER].weight] if ADAPTER in module.lora_B else []
-            zeros += [module.lora_embedding_A[ADAPTER]] if ADAPTER in module.lora_embedding_A else []
-            if any(bool(tensor.any()) for tensor in zeros):
-                return False
-        elif isinstance(module, ModulesToSaveWrapper):
-            pair: Any = (module.original_module, module.modules_to_save[ADAPTER])
-            for original, trained in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
-                if not torch.equal(original.to(trained.dtype), trained):
-                    return False
-    return True
-
-
-@contextmanager
-def quiet_peft(what: str) -> Iterator[None]:
-    """Without peft's warnings that say nothing to a user; its errors as one sentence that begins with `what`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # it sees GPT-2's layout by itself
-        # it looks at modules only; ranks and scales of experts, which are parameters, are set all the same
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match any targeted")
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{what}: peft says: {_first_line(error)}.") from error
+        return SavedAdapter(folder, PeftConfig.from_pretrained(str(folder)), load_file(file))
 
 
 @contextmanager
@@ -903,17 +596,9 @@ def _loading(key: str, name: str) -> Iterator[None]:
     except Exception as error:  # nothing but libraries reading files runs in here
         if "trust_remote_code" in str(error):
             raise ValueError(f"{key}: {name} brings its own code; set trust_remote_code: true to run it.") from error
-        reason = _first_line(error)
+        reason = first_line(error)
         where = "" if Path(name).is_dir() else f" is not a folder here{_neighbour(name)}, and as a hub id"
         raise ValueError(f"{key}: {name}{where} could not be loaded: {reason}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says in its first line (and the next, after a colon), with its kind where that tells more."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    kind = type(error).__name__ + " " if isinstance(error, (LookupError, AttributeError, TypeError)) else ""
-    return (kind + text).strip().rstrip(".") or type(error).__name__
 
 
 def _refuse_pointers(key: str, folder: Path) -> None:

@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loops.shared.adapters import ADAPTER, adapted_name, disable_bnb_eval_kernels, quiet_peft, refuse_unmergeable
 from loops.shared.layers import LOGITS_TOLERANCE, WRAPPERS, base_model, plain_name, reshard
-from loops.shared.models import (
-    ADAPTER,
-    ModelConfig,
-    adapted_name,
-    quiet_peft,
-    refuse_unmergeable,
-    resolve_dtype,
-)
+from loops.shared.models import ModelConfig, resolve_dtype
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -174,12 +168,7 @@ def reload_folder(folder: Path, model: ModelConfig, *, adapter: bool, quantisati
     )
     with quiet_peft(f"{folder}"):
         reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
-    layers: Any = reloaded.modules()
-    for layer in layers:  # bitsandbytes' shortcuts for evaluation on CPUs round more than training did
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-        elif type(layer).__name__ == "Linear8bitLt":
-            layer.train()
+    disable_bnb_eval_kernels(reloaded)
     return reloaded
 
 
@@ -191,12 +180,10 @@ def logits_of(model: Any, device: torch.device | str | None = None) -> Tensor:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(0, vocabulary, SHAPE_COMPARED, generator=torch.Generator().manual_seed(0))
     was_training = model.training
-    if was_training:  # eval() again would also turn on what `reload_folder` turned off
-        model.eval()
+    model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = model(tokens.to(device or next(model.parameters()).device)).logits.cpu()
-    if was_training:
-        model.train()
+    model.train(was_training)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

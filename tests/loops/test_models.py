@@ -38,15 +38,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from loops.shared.adapters import ADAPTER
+from loops.shared.layers import parameter_counts
 from loops.shared.models import (
-    ADAPTER,
     ModelConfig,
     build_policy,
     build_reference,
     build_tokenizer,
     check_vocabulary,
     find_source,
-    parameter_counts,
     parameter_line,
 )
 from loops.shared.weights import export_model, iter_weights
@@ -588,9 +588,9 @@ def test_a_continued_adapter_keeps_its_own_settings_and_says_so(tmp_path, model_
     first = build(model_id, lora_r=4, lora_alpha=8.0, lora_target_modules="q_proj")
     train(first)
     export(first, tmp_path / "adapter", merge=False, model_id=model_id)
-    with caplog.at_level(logging.WARNING, logger="loops.shared.models"):
+    with caplog.at_level(logging.WARNING, logger="loops.shared.adapters"):
         policy = build(str(tmp_path / "adapter"), lora_r=32, lora_alpha=64.0)
-    assert "lora_r 4 (not 32), lora_alpha 8 (not 64.0)" in caplog.text
+    assert "lora_r 4 (not 32), lora_alpha 8 (not 64)" in caplog.text
     assert policy.peft_config[ADAPTER].r == 4
     assert len([p for p in policy.parameters() if p.requires_grad]) == 4
     assert torch.equal(logits(policy), logits(first))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loops.shared.models import ADAPTER
+from loops.shared.adapters import ADAPTER
 from loops.shared.rollout.masks import score_before_masking
 from loops.shared.weights import trained_tensors
 

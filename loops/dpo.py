@@ -240,10 +240,10 @@ def main(config: Config) -> None:
     )  # fmt: skip
     accelerator = run.accelerator
     run.print_main("\n".join(str(each) for each in reports if each.rows))
-    seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
+    seed = config.run.seed
+    place = {"device": accelerator.device, "for_fsdp": run.sharded, "log": run.print_main}
     stops = reports[0].stop_tokens
     policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
-    run.print_main(models.parameter_line(policy))
     every = pairs + eval_pairs
     longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in every)
     check_context(policy, longest, setting="max_seq_length", say=run.print_main)

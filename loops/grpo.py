@@ -269,9 +269,9 @@ def main(config: Config) -> None:
         expandable_segments=config.rollout.engine != "vllm")  # fmt: skip
     accelerator, say = run.accelerator, run.print_main
     say("\n".join(str(each) for each in reports + more if each.rows))
-    seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
+    seed = config.run.seed
+    place = {"device": accelerator.device, "for_fsdp": run.sharded, "log": run.print_main}
     policy = models.build_policy(config.model, tokenizer, reports[0].stop_tokens, seed=seed, **place)
-    say(models.parameter_line(policy))
     longest = max(len(p.prompt_ids) for p in prompts + eval_prompts)
     longest += config.rollout.max_completion_length
     check_context(policy, longest, setting="max_completion_length or max_seq_length", say=say)

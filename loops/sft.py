@@ -150,10 +150,10 @@ def main(config: Config) -> None:
     )  # fmt: skip
     accelerator = run.accelerator
     run.print_main("\n".join(str(each) for each in reports if each.rows))
-    seed, place = config.run.seed, {"device": accelerator.device, "for_fsdp": run.sharded}
+    seed = config.run.seed
+    place = {"device": accelerator.device, "for_fsdp": run.sharded, "log": run.print_main}
     stops = reports[0].stop_tokens
     policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
-    run.print_main(models.parameter_line(policy))
     longest = max(len(example.input_ids) for example in examples + eval_examples)
     check_context(policy, longest, setting="max_seq_length", say=run.print_main)
     first = pack.pack_check([example.input_ids for example in examples[:2]], longest)

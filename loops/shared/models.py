@@ -7,7 +7,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -269,6 +269,7 @@ def build_policy(
     seed: int,
     device: torch.device | str,
     for_fsdp: bool = False,
+    log: Callable[[str], None] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model that is trained: a transformers causal LM, or peft's wrapper around a frozen one. In training mode.
 
@@ -281,6 +282,7 @@ def build_policy(
         seed: of the random weights.
         device: where the weights go. Unquantised weights stay on the CPU when `for_fsdp`, since sharding moves them.
         for_fsdp: the policy will be sharded with FSDP2.
+        log: prints one line, how many parameters are trained.
 
     Dtypes: the base has `torch_dtype`; adapters (and `modules_to_save`) have at least float32, and float64 on a
     float64 base. The unquantised rest of a quantised base (norms, embeddings, head) keeps `torch_dtype`: peft's
@@ -323,6 +325,8 @@ def build_policy(
     if config.activation_offloading:
         offload_activations(policy)
     disable_bnb_eval_kernels(policy)
+    if log is not None:
+        log(parameter_line(policy))
     return policy.train()
 
 

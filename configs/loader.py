@@ -182,7 +182,7 @@ def _read_layer(
             wrong.append(f"unknown key `{written}`: this loop has no `{name}`")
         elif name in spelled and source != COMMAND_LINE and written not in OVERRIDES:
             wrong.append(f"`{spelled[name]}` and `{written}` both set `{name}`: keep one of them")
-        elif spelled.get(name) == written and source == COMMAND_LINE and "list[" in str(leaves[name].type):
+        elif spelled.get(name) == written and source == COMMAND_LINE and re.search("list|dict", str(leaves[name].type)):
             wrong.append(f"`{written}` is given twice: write its values after one, `--{name} a b`")
         else:
             spelled[name] = written

@@ -57,14 +57,13 @@ def typed(value: Any, type_: Any, where: str) -> Any:
     plain = value
     if bool in members:
         plain = {"1": True, "0": False, "on": True, "off": False}.get(str(value).lower(), value)
-    elif isinstance(value, str) and str not in members:
+    elif isinstance(value, str | list) and str not in members:
         containers = {get_origin(member) or member: get_args(member) for member in members}
-        if list in containers and not value.lstrip().startswith("["):
-            plain = [value] if str in containers[list] else value.split(",")
-        elif dict in containers and not value.lstrip().startswith("{"):  # the SageMaker toolkit writes a=b,c=d
-            pairs = [pair.partition("=") for pair in value.split(",")]
-            if all(equals for _, equals, _ in pairs):
-                plain = {name: text if containers[dict] else _read_or_keep(text) for name, _, text in pairs}
+        if list in containers:
+            if isinstance(value, str) and not value.lstrip().startswith("["):
+                plain = [value] if str in containers[list] else value.split(",")
+        elif dict in containers and not str(value).lstrip().startswith("{"):
+            plain = _read_pairs(value, where, as_text=bool(containers[dict])) or value
     if (
         isinstance(plain, str)
         and plain.lstrip().startswith("{")
@@ -81,6 +80,20 @@ def typed(value: Any, type_: Any, where: str) -> Any:
     except ArgumentError:
         given = "empty" if value is None else "true or has no value" if value is True else repr(value)
         raise ValueError(f"{where} is {given}: it must be {in_words(type_)}.") from None
+
+
+def _read_pairs(value: str | list[Any], where: str, as_text: bool) -> dict[str, Any] | None:
+    """`a=b c=d` of a command line, or `a=b,c=d` as the SageMaker toolkit writes it; None for anything else."""
+    words = re.split(r",(?=[^,=]+=)", value) if isinstance(value, str) else map(str, value)
+    pairs = [word.partition("=") for word in words]
+    if not all(equals for _, equals, _ in pairs):
+        return None
+    found: dict[str, Any] = {}
+    for name, _, text in pairs:
+        if name in found:
+            raise ValueError(f"{where} gives {name} twice: keep one of them.")
+        found[name] = text if as_text else _read_or_keep(text)
+    return found
 
 
 def in_words(type_: Any) -> str:

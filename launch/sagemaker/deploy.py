@@ -10,28 +10,20 @@ An endpoint costs its machines by the second from its start until it is deleted,
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.loader import load_config
+from launch.sagemaker.account import Account, check_sdk
 from launch.sagemaker.containers import ADDITIONAL, AMI, ENVIRONMENTS, IMAGES, MODEL, Serving
-from launch.sagemaker.failures import (
-    NO_SDK,
-    Patience,
-    aws_errors,
-    find_region,
-    is_gone,
-    one_sentence_errors,
-    sentence_of,
-)
+from launch.sagemaker.failures import aws_errors, is_gone, one_sentence_errors, sentence_of
 from launch.sagemaker.instances import gpus_of
-from launch.sagemaker.limits import check_environment, check_name, check_no_secrets, check_role, check_s3, check_tags
+from launch.sagemaker.limits import check_environment, check_no_secrets, split_s3
 
 METHODS = {"Model": "{}_model", "EndpointConfig": "{}_endpoint_config", "Endpoint": "{}_endpoint"}
 """What an endpoint is made of, in the order of making, and boto3's methods for it."""
@@ -61,39 +53,57 @@ class Options:
     """Context length: tokens of prompt and completion together."""
     tool_call_parser: str | None = None
     """vLLM's parser of the model's tool calls: hermes (Qwen), llama3_json, mistral, ..."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Further variables of the container: SM_VLLM_... or OPTION_..., over ours."""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    """Tags of the endpoint."""
-    subnets: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    """Further variables of the container, NAME=VALUE: SM_VLLM_... or OPTION_..., over ours."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the endpoint, NAME=VALUE."""
+    subnets: list[str] = field(default_factory=list)
     """VPC subnets of the model."""
-    security_group_ids: Sequence[str] = ()
+    security_group_ids: list[str] = field(default_factory=list)
     """VPC security groups of the model."""
     image: str | None = None
     """Your own serving image; left out, AWS's image of the region."""
     ami: str = AMI
     """Machine image: its driver has to fit the container's CUDA."""
-    gpus: int | None = None
-    """GPUs of one instance, for a type that launch/sagemaker/instances.py does not know."""
 
     def __post_init__(self) -> None:
         if self.container not in IMAGES:
             raise ValueError(f"container is `{self.container}`; give vllm or lmi.")
-        count = gpus_of(self.instance_type, self.gpus)
+        count = gpus_of(self.instance_type)
         if count == 0:
             raise ValueError(f"instance_type {self.instance_type} has no GPU, and the containers need one.")
-        if self.tensor_parallel is not None and not 1 <= self.tensor_parallel <= count:
+        if self.tensor_parallel is None and count is None:
+            raise ValueError(
+                f"the GPUs of {self.instance_type} are not known here: give their number as tensor_parallel."
+            )
+        if count and (self.tensor_parallel or 1) > count:
             raise ValueError(f"tensor_parallel is {self.tensor_parallel} and {self.instance_type} has {count} GPU(s).")
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ValueError(f"max_model_len is {self.max_model_len}; give 1 or more.")
-        if self.instance_count < 1:
-            raise ValueError(f"instance_count is {self.instance_count}; give 1 or more.")
-        if self.name is not None:
-            check_name(self.name, "name", 58)  # `-base` names the base of an adapter
-        if bool(self.subnets) != bool(self.security_group_ids):
-            raise ValueError("subnets and security_group_ids belong together: give both, or none.")
         check_environment(self.environment)
-        check_tags(self.tags)
+
+    @property
+    def parallel(self) -> int:
+        """GPUs that hold one copy of the model."""
+        return self.tensor_parallel or gpus_of(self.instance_type) or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """An endpoint for a trained model."""
+
+    options: Options = field(default_factory=Options)
+
+    source: str = ""
+    """A training job, an s3:// folder or a local folder; with --delete, an endpoint's name."""
+    delete: bool = False
+    """Delete the endpoint, its configuration and model."""
+    role: str | None = None
+    """ARN of the execution role; left out, SAGEMAKER_ROLE_ARN."""
+    region: str | None = None
+    """Left out, AWS_REGION, AWS_DEFAULT_REGION, or the AWS profile's."""
+    dry_run: bool = False
+    """Print the requests as JSON; send nothing."""
+    no_wait: bool = False
+    """Return before the endpoint answers."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +119,9 @@ def deploy(
     source: str | Path,
     *,
     options: Options | None = None,
-    role: str | None = None,
-    region: str | None = None,
+    account: Account | None = None,
     wait: bool = True,
     dry_run: bool = False,
-    session: Any = None,
 ) -> tuple[str, dict[str, dict[str, Any]]]:
     """Create model, endpoint configuration and endpoint; returns the endpoint's name and the three requests.
 
@@ -123,15 +131,14 @@ def deploy(
 
     Raises ValueError for what would not be served, RuntimeError where the endpoint fails to come up.
     """
-    options = options or Options()
-    role = check_role(role, dry_run)
-    try:
-        import boto3
-        from sagemaker.core import image_uris
-    except ImportError:
-        raise ValueError(f"{NO_SDK}.") from None
-    region = find_region(region, session)
-    session = None if dry_run else session or boto3.Session(region_name=region)
+    options, account = options or Options(), account or Account()
+    role = account.find_role(dry_run)
+    check_sdk()
+    from sagemaker.core import image_uris
+
+    session = account.find_session()
+    region = session.region_name
+    session = None if dry_run else session
     image = options.image or image_uris.retrieve(
         **IMAGES[options.container], region=region, image_scope="inference", instance_type=options.instance_type
     )
@@ -196,14 +203,14 @@ def find_weights(source: str, session: Any, options: Options) -> Weights:
     if session is None:
         if not places:
             raise ValueError(f"{source}: a dry run looks nothing up; give an s3:// address or a local folder.")
-        check_s3(source, "model")
+        split_s3(source, "model")
         adapter = {"r": options.lora_rank} if options.base_model else None
         return Weights(source.rstrip("/") + "/", {}, adapter)
     if not places:
         places = _places_of_job(source, session)
     s3 = session.client("s3")
     for place in [place.rstrip("/") + part for place in places for part in ("/", "/model/", "/output/model/")]:
-        bucket, prefix = check_s3(place, "model")
+        bucket, prefix = split_s3(place, "model")
         found = {}
         for name in ("config.json", "adapter_config.json"):
             key = f"{prefix}/{name}" if prefix else name
@@ -236,7 +243,7 @@ def plan_serving(weights: Weights, options: Options, name: str) -> tuple[Serving
 
     Raises ValueError for adapters that vLLM does not serve, and for sizes that do not fit the model.
     """
-    parallel = options.tensor_parallel or gpus_of(options.instance_type, options.gpus)
+    parallel = options.parallel
     common: dict[str, Any] = {
         "name": name,
         "tensor_parallel": parallel,
@@ -269,7 +276,7 @@ def plan_serving(weights: Weights, options: Options, name: str) -> tuple[Serving
     if not base.startswith("s3://"):
         return Serving(**common, base_model=base, lora_rank=rank), None
     base = base.rstrip("/") + "/"
-    check_s3(base, "base_model")
+    split_s3(base, "base_model")
     if options.container == "lmi":  # fetches an s3:// base itself; the mounted folder is the adapters'
         return Serving(**common, base_model=base, lora_rank=rank), None
     return Serving(**common, base_model=MODEL, lora_rank=rank, adapter=f"{ADDITIONAL}/adapter"), base
@@ -282,7 +289,7 @@ def place_weights(place: str, folder: str, session: Any) -> None:
         for path in sorted(path for path in Path(place).rglob("*") if path.is_file()):
             put_file(path, folder + "/".join(path.relative_to(place).parts[:-1]), session)
         return
-    (source, start), (bucket, prefix) = check_s3(place, "model"), check_s3(folder, "folder")
+    (source, start), (bucket, prefix) = split_s3(place, "model"), split_s3(folder, "folder")
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=source, Prefix=f"{start}/"):
         for item in page.get("Contents", []):
             s3.copy({"Bucket": source, "Key": item["Key"]}, bucket, f"{prefix}/{item['Key'].removeprefix(f'{start}/')}")
@@ -290,7 +297,7 @@ def place_weights(place: str, folder: str, session: Any) -> None:
 
 def put_file(path: Path, folder: str, session: Any) -> None:
     """Upload one file into an `s3://` folder."""
-    bucket, prefix = check_s3(folder, "folder")
+    bucket, prefix = split_s3(folder, "folder")
     session.client("s3").upload_file(str(path), bucket, f"{prefix}/{path.name}")
 
 
@@ -330,28 +337,24 @@ def build_requests(
     }
 
 
-def wait_for(name: str, client: Any, *, poll_seconds: float = 15.0) -> None:
+def wait_for(name: str, client: Any) -> None:
     """Return when the endpoint answers. Raises RuntimeError with SageMaker's reason where it failed."""
-    ask = Patience(poll_seconds, lambda text: print(text, file=sys.stderr))
-    while True:
-        endpoint = ask(partial(client.describe_endpoint, EndpointName=name))
-        status = endpoint["EndpointStatus"]
-        if status == "InService":
-            return
-        if status not in ("Creating", "Updating", "SystemUpdating"):
-            reason = endpoint.get("FailureReason", f"see the log group /aws/sagemaker/Endpoints/{name}")
-            raise RuntimeError(f"endpoint {name} is {status}: {reason}; `{name} --delete` removes it")
-        time.sleep(poll_seconds)
+    from botocore.exceptions import WaiterError
+
+    try:
+        client.get_waiter("endpoint_in_service").wait(EndpointName=name)
+    except WaiterError as error:
+        status = error.last_response.get("EndpointStatus", error)
+        reason = error.last_response.get("FailureReason", f"see the log group /aws/sagemaker/Endpoints/{name}")
+        raise RuntimeError(f"endpoint {name} is {status}: {reason}; `{name} --delete` removes it") from None
 
 
-def delete(name: str, *, region: str | None = None, session: Any = None) -> list[str]:
+def delete(name: str, account: Account | None = None) -> list[str]:
     """Delete an endpoint, its configuration and its models, or what there is of them; returns what was deleted.
 
     Weights in S3 stay. Raises ValueError where nothing of that name exists.
     """
-    import boto3
-
-    client = (session or boto3.Session(region_name=find_region(region))).client("sagemaker")
+    client = (account or Account()).find_session().client("sagemaker")
 
     def ask(call: Any, **names: str) -> Any:
         """The answer, None where there is no such thing."""
@@ -376,44 +379,27 @@ def delete(name: str, *, region: str | None = None, session: Any = None) -> list
     return deleted
 
 
-def build_parser() -> argparse.ArgumentParser:
-    from launch.sagemaker.submit import add_fields
-
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sagemaker.deploy", description="Serve a trained model.", allow_abbrev=False
-    )
-    parser.add_argument("source", help="training job, s3:// folder or local folder; with --delete, an endpoint's name")
-    parser.add_argument("--delete", action="store_true", help="delete the endpoint, its configuration and model")
-    parser.add_argument("--role", help="ARN of the execution role; default SAGEMAKER_ROLE_ARN")
-    parser.add_argument("--region", help="default AWS_REGION, AWS_DEFAULT_REGION, or the AWS profile's")
-    parser.add_argument("--dry_run", action="store_true", help="print the requests as JSON; send nothing")
-    parser.add_argument("--no_wait", action="store_true", help="return before the endpoint answers")
-    add_fields(parser, Options, Path(__file__))
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    from launch.sagemaker.submit import pairs_of
-
-    given = vars(build_parser().parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    command: Command = load_config(Command, words, prog="deploy", positional=("source",))
+    account = Account(command.role, command.region)
     with one_sentence_errors("deploy"):
-        if given["delete"]:
-            print("\n".join(f"deleted {what}" for what in delete(given["source"], region=given["region"])))
+        if not command.source:
+            raise ValueError("give a training job, an s3:// folder or a local folder; with --delete, an endpoint.")
+        if command.delete:
+            print("\n".join(f"deleted {what}" for what in delete(command.source, account)))
             return
-        for name in ("environment", "tags"):
-            given[name] = pairs_of(given[name], name)
         name, requests = deploy(
-            given["source"],
-            options=Options(**{entry.name: given[entry.name] for entry in fields(Options)}),
-            role=given["role"],
-            region=given["region"],
-            wait=not given["no_wait"],
-            dry_run=given["dry_run"],
+            command.source,
+            options=command.options,
+            account=account,
+            wait=not command.no_wait,
+            dry_run=command.dry_run,
         )
-    if given["dry_run"]:
+    if command.dry_run:
         print(json.dumps(requests, indent=2))
         return
-    adapter = f" --adapter {name}" if given["container"] == "lmi" and "OPTION_ENABLE_LORA" in str(requests) else ""
+    adapter = f" --adapter {name}" if command.options.container == "lmi" and "ENABLE_LORA" in str(requests) else ""
     print(f"{name}\nask it:    python -m launch.sagemaker.invoke {name} 'Hello'{adapter}")
     print(f"delete it: python -m launch.sagemaker.deploy {name} --delete    (it costs until then)")
 

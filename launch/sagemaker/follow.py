@@ -1,4 +1,4 @@
-"""Follow a training job: its logs as they come, metrics among them, and how it ended.
+"""Follow a training job with the SDK's own log reader; then how it ended, and what it cost.
 
     python -m launch.sagemaker.follow JOB_NAME
 
@@ -7,51 +7,56 @@ Interrupting this stops nothing: the job goes on.
 
 from __future__ import annotations
 
-import argparse
+import logging
 import sys
-import time
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from launch.sagemaker.failures import Patience, aws_errors, find_region, is_gone, one_sentence_errors
+from configs.loader import load_config
+from launch.sagemaker.account import Account, check_sdk
+from launch.sagemaker.failures import is_gone, one_sentence_errors
 
-LOG_GROUP = "/aws/sagemaker/TrainingJobs"
-LATE_SECONDS = 120  # CloudWatch may show a line so much later than a newer one
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A training job to follow."""
+
+    job: str = ""
+    """Its name."""
+    region: str | None = None
+    """Left out, AWS_REGION, AWS_DEFAULT_REGION, or the AWS profile's."""
 
 
-def follow(name: str, *, session: Any = None, poll_seconds: float = 10.0, out: Any = None) -> dict[str, Any]:
+def follow(name: str, account: Account | None = None) -> dict[str, Any]:
     """Print the log lines of all hosts until the job ends; returns what DescribeTrainingJob then says.
 
-    A busy AWS or a network that is away for a while is waited for. Raises ValueError where there is no such job,
-    RuntimeError with SageMaker's reason where the job failed.
+    Raises ValueError where there is no such job, RuntimeError with SageMaker's reason where the job failed.
     """
-    if session is None:
-        import boto3
+    session = (account or Account()).find_session()
+    client = session.client("sagemaker")
+    check_sdk()
+    from sagemaker.core import resources
+    from sagemaker.core.utils.exceptions import FailedStatusError
 
-        session = boto3.Session()
-    client, logs = session.client("sagemaker"), session.client("logs")
-    out = out or sys.stdout
-    ask = Patience(poll_seconds, lambda text: print(f"-- {text}", file=out, flush=True))
-    seen: set[str] = set()
-    start, status = 0, ""
-    while True:
-        try:
-            job = ask(partial(client.describe_training_job, TrainingJobName=name))
-        except aws_errors() as error:
-            if not is_gone(error):
-                raise
-            raise ValueError(f"there is no training job {name} in {client.meta.region_name}.") from None
-        ended = job["TrainingJobStatus"] in ("Completed", "Failed", "Stopped")
-        if job.get("SecondaryStatus", "") != status:
-            status = job.get("SecondaryStatus", "")
-            print(f"-- {status}", file=out, flush=True)
-        several = job.get("ResourceConfig", {}).get("InstanceCount", 1) > 1
-        start = ask(partial(_print_new_lines, logs, name, seen, start, several, out))
-        if ended:
-            break
-        time.sleep(poll_seconds)
-    for line in summary(job):
-        print(line, file=out, flush=True)
+    try:
+        client.describe_training_job(TrainingJobName=name)
+    except client.exceptions.ClientError as error:
+        if not is_gone(error):
+            raise
+        raise ValueError(f"there is no training job {name} in {session.region_name}.") from None
+    log, shown = logging.getLogger(resources.__name__), logging.StreamHandler(sys.stdout)
+    log.addHandler(shown)  # the SDK logs the lines, and leaves it to its caller to show them
+    log.setLevel(logging.INFO)
+    try:
+        found = resources.TrainingJob.get(training_job_name=name, session=session, region=session.region_name)
+        found.wait(logs=True)
+    except FailedStatusError:
+        pass  # told below
+    finally:
+        log.removeHandler(shown)
+    job = client.describe_training_job(TrainingJobName=name)
+    print("\n".join(summary(job)), flush=True)
     if job["TrainingJobStatus"] == "Failed":
         raise RuntimeError(f"job {name} failed: {job.get('FailureReason', 'no reason is given; see its logs')}")
     return job
@@ -72,36 +77,14 @@ def summary(job: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _print_new_lines(logs: Any, name: str, seen: set[str], start: int, several: bool, out: Any) -> int:
-    """Print events that were not there before; returns from when (milliseconds) to ask next."""
-    request = {"logGroupName": LOG_GROUP, "logStreamNamePrefix": f"{name}/", "startTime": start}
-    newest = start
-    try:
-        for page in logs.get_paginator("filter_log_events").paginate(**request):
-            for event in page["events"]:
-                if event["eventId"] in seen:
-                    continue
-                seen.add(event["eventId"])
-                newest = max(newest, event["timestamp"] - 1000 * LATE_SECONDS)
-                host = event["logStreamName"].rpartition("/")[2].rpartition("-")[0]  # algo-1-1700000000
-                print(f"[{host}] {event['message']}" if several else event["message"], file=out, flush=True)
-    except logs.exceptions.ResourceNotFoundException:
-        return start  # the job has not begun to write
-    return newest
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m launch.sagemaker.follow", description=__doc__)
-    parser.add_argument("job", help="name of a training job")
-    parser.add_argument("--region", help="default: AWS's own settings")
-    options = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    command: Command = load_config(Command, words, prog="follow", positional=("job",))
     with one_sentence_errors("follow"):
-        import boto3
-
         try:
-            follow(options.job, session=boto3.Session(region_name=find_region(options.region)))
+            follow(command.job, Account(region=command.region))
         except KeyboardInterrupt:
-            print(f"follow: {options.job} goes on", file=sys.stderr)
+            print(f"follow: {command.job} goes on", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from launch.sagemaker.limits import check_s3, encode_hyperparameters
+from launch.sagemaker.limits import encode_hyperparameters, split_s3
 from launch.sagemaker.places import find_places
 from launch.sagemaker.settings import Compute, Settings
 from launch.sagemaker.source import REQUIREMENTS
@@ -35,30 +36,30 @@ def sdk_session(session: boto3.Session, output: str | None) -> tuple[Any, str]:
     defaults.setdefault("SchemaVersion", "1.0")
     modules = defaults.setdefault("SageMaker", {}).setdefault("PythonSDK", {}).setdefault("Modules", {})
     modules.setdefault("TelemetryOptOut", True)
-    bucket, prefix = check_s3(output, "output") if output else (None, "plumbline")
+    bucket, prefix = split_s3(output, "output") if output else (None, "plumbline")
     house = Session(
         boto_session=session, default_bucket=bucket, default_bucket_prefix=prefix or None, sagemaker_config=defaults
     )
     return house, "/".join(["s3:/", bucket or house.default_bucket(), *([prefix] if prefix else [])])
 
 
-def build_trainer(
-    loop: str,
-    *,
-    folder: str,
-    configs: Sequence[str],
-    hyperparameters: Mapping[str, Any],
-    compute: Compute,
-    settings: Settings,
-    environment: Mapping[str, str],
-    role: str,
-    session: boto3.Session,
-    channels: Mapping[str, Any] | None = None,
-) -> ModelTrainer:
-    """The trainer for code that is staged in `folder`; `configs` are paths inside of it.
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """A training job before it is sent."""
 
-    Without `settings.output`, the SDK asks AWS for the account's default bucket, and creates it where it is missing.
-    """
+    loop: str
+    folder: str  # the staged code
+    configs: Sequence[str]  # paths in it
+    hyperparameters: Mapping[str, Any]
+    channels: Mapping[str, Any]
+    environment: Mapping[str, str]
+    compute: Compute
+    settings: Settings
+
+
+def build_trainer(job: JobSpec, role: str, session: boto3.Session) -> ModelTrainer:
+    """The SDK's trainer. Without `settings.output`, the SDK asks AWS for the account's default bucket, and creates it
+    where it is missing."""
     # The SDK's check of the role wants iam:SimulatePrincipalPolicy, and the rights of a role of its own making.
     os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     from sagemaker.core import image_uris
@@ -78,21 +79,22 @@ def build_trainer(
 
     for name in ("sagemaker", "sagemaker.core", "sagemaker.train"):  # they warn that a command gets no hyperparameters
         logging.getLogger(name).setLevel(logging.ERROR)
+    settings, compute = job.settings, job.compute
     house, root = sdk_session(session, settings.output)
     image = settings.image or image_uris.retrieve(
         **IMAGE, region=session.region_name, image_scope="training", instance_type=compute.instance_type
     )
-    run = settings.run_name or f"{loop}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = settings.run_name or f"{job.loop}-{time.strftime('%Y%m%d-%H%M%S')}"
     network = settings.subnets or settings.encrypt_traffic
-    tags = {"plumbline": loop, "run": run, **settings.tags}
+    tags = {"plumbline": job.loop, "run": run, **settings.tags}
     trainer = ModelTrainer(
         sagemaker_session=house,
         role=role,
-        base_job_name=settings.run_name or f"plumbline-{loop}",
+        base_job_name=settings.run_name or f"plumbline-{job.loop}",
         training_image=image,
         source_code=SourceCode(
-            source_dir=folder,
-            command=entry_command(loop, configs),
+            source_dir=job.folder,
+            command=entry_command(job.loop, job.configs),
             requirements=None if settings.requirements == "none" else REQUIREMENTS,
         ),
         compute=Machines(
@@ -110,7 +112,7 @@ def build_trainer(
         # A job finds there what a run of the same name and settings left, and never the state of another one.
         checkpoint_config=CheckpointConfig(
             s3_uri=f"{root}/checkpoints/{run}-"
-            + fingerprint(loop, folder, configs, hyperparameters, channels, settings.include),
+            + fingerprint(job.loop, job.folder, job.configs, job.hyperparameters, job.channels, settings.include),
             local_path=str(find_places().checkpoints),
         ),
         networking=Networking(
@@ -120,8 +122,8 @@ def build_trainer(
         )
         if network
         else None,
-        environment=dict(environment),
-        hyperparameters=dict(hyperparameters),
+        environment=dict(job.environment),
+        hyperparameters=dict(job.hyperparameters),
         tags=[Tag(key=key, value=value) for key, value in tags.items()],
     )
     return trainer.with_metric_definitions(

@@ -96,10 +96,11 @@ def capture(folder: Path, config: str | Path | Sequence[str | Path], **options: 
 
     Raises ValueError where submit does.
     """
+    from launch.sagemaker.account import Account
     from launch.sagemaker.submit import submit
 
     with pretended_aws() as session:
-        job = submit(config, **{"role": ROLE, "region": REGION, "session": session, **options})
+        job = submit(config, account=Account(ROLE, REGION, session), **options)
         store = session.client("s3")
         for channel in job.request["InputDataConfig"]:
             bucket, _, prefix = channel["DataSource"]["S3DataSource"]["S3Uri"].removeprefix("s3://").partition("/")

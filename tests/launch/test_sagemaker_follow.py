@@ -1,77 +1,47 @@
-"""Following a job: each line once, in time, from every host; and how it ended."""
+"""Following a job: its log by the SDK, then how it ended."""
 
 import importlib.util
-import io
+import time
 
 import pytest
 
+from launch.sagemaker.account import Account
 from launch.sagemaker.follow import follow, summary
+from launch.sagemaker.submit import submit
+
+MOTO = pytest.mark.skipif(
+    importlib.util.find_spec("sagemaker") is None or importlib.util.find_spec("moto") is None,
+    reason="needs the SageMaker SDK and moto[s3,sts,iam,sagemaker]",
+)
+ROLE = "arn:aws:iam::123456789012:role/local"
 
 
-class NotThere(Exception):
-    pass
+@MOTO
+def test_a_job_is_followed_to_its_end_and_a_failed_one_gives_sagemakers_reason(capsys):
+    """moto has finished jobs at once."""
+    from tests.launch.local_job import pretended_aws
 
+    with pretended_aws() as session:
+        account = Account(ROLE, session=session)
+        job = submit("configs/grpo.yaml", account=account)
+        group, stream = "/aws/sagemaker/TrainingJobs", f"{job.name}/algo-1-1700000000"
+        logs = session.client("logs")
+        logs.create_log_group(logGroupName=group)
+        logs.create_log_stream(logGroupName=group, logStreamName=stream)
+        line = {"timestamp": int(time.time() * 1000), "message": "step 1/2 loss/nll=2.5"}
+        logs.put_log_events(logGroupName=group, logStreamName=stream, logEvents=[line])
+        assert follow(job.name, account)["TrainingJobStatus"] == "Completed"
+        shown = capsys.readouterr().out
+        assert shown.count("step 1/2 loss/nll=2.5") == 1 and f"-- {job.name}: Completed" in shown
 
-class Aws:
-    """Job and logs, as two polls and a last one find them: `states` and what is in the log by then."""
+        def failed(parsed, **_):
+            parsed |= {"TrainingJobStatus": "Failed", "FailureReason": "AlgorithmError: rank 3"}
 
-    def __init__(self, states, logs, hosts=1):
-        self.states, self.logs, self.hosts = states, logs, hosts
-        self.polls = 0
-        self.exceptions = type("Exceptions", (), {"ResourceNotFoundException": NotThere})
-
-    def client(self, name):
-        return self
-
-    def describe_training_job(self, TrainingJobName):
-        state = {"TrainingJobStatus": "InProgress", **self.states[self.polls]}
-        return {"TrainingJobName": TrainingJobName, "ResourceConfig": {"InstanceCount": self.hosts}, **state}
-
-    def get_paginator(self, name):
-        return self
-
-    def paginate(self, logGroupName, logStreamNamePrefix, startTime):
-        assert (logGroupName, logStreamNamePrefix) == ("/aws/sagemaker/TrainingJobs", "job-1/")
-        lines = self.logs[self.polls]
-        self.polls += 1
-        if lines is None:
-            raise NotThere
-        keep = [line for line in lines if line[1] >= startTime]
-        return [{"events": [event(*line)]} for line in keep]
-
-
-def event(host, milliseconds, text):
-    name = f"job-1/algo-{host}-1700000000"
-    return {"eventId": f"{name}{milliseconds}", "logStreamName": name, "timestamp": milliseconds, "message": text}
-
-
-STATES = [{"SecondaryStatus": "Pending"}, {"SecondaryStatus": "Training"}]
-DONE = {"TrainingJobStatus": "Completed", "SecondaryStatus": "Completed"}
-
-
-def test_every_line_is_shown_once_also_one_that_comes_late():
-    """Three polls: no log yet; two lines; a third that is older than the second, and a fourth."""
-    first, second = (1, 1_000_000, "step 1/2 loss/nll=2.5"), (1, 1_060_000, "step 2/2 loss/nll=1.5")
-    late, last = (1, 1_030_000, "late"), (1, 1_070_000, "model written")
-    logs = [None, [first, second], [first, late, second, last]]
-    out = io.StringIO()
-    job = follow("job-1", session=Aws([*STATES, DONE], logs), poll_seconds=0, out=out)
-    assert job["TrainingJobStatus"] == "Completed"
-    lines = ["-- Pending", "-- Training", first[2], second[2], "-- Completed", late[2], last[2], "-- job-1: Completed"]
-    assert out.getvalue().splitlines() == lines
-
-
-def test_lines_of_several_hosts_say_whose_they_are():
-    out = io.StringIO()
-    logs = [[(1, 1, "hello"), (2, 2, "hello")]]
-    follow("job-1", session=Aws([DONE], logs, hosts=2), poll_seconds=0, out=out)
-    assert "[algo-1] hello\n[algo-2] hello\n" in out.getvalue()
-
-
-def test_a_failed_job_ends_with_sagemakers_reason():
-    failed = {"TrainingJobStatus": "Failed", "SecondaryStatus": "Failed", "FailureReason": "AlgorithmError: rank 3"}
-    with pytest.raises(RuntimeError, match="job job-1 failed: AlgorithmError: rank 3"):
-        follow("job-1", session=Aws([failed], [None]), poll_seconds=0, out=io.StringIO())
+        session.events.register("after-call.sagemaker.DescribeTrainingJob", failed)
+        with pytest.raises(RuntimeError, match=f"job {job.name} failed: AlgorithmError: rank 3"):
+            follow(job.name, account)
+        with pytest.raises(ValueError, match="there is no training job nope in us-east-1"):
+            follow("nope", account)
 
 
 def test_the_summary_has_metrics_what_is_paid_and_where_the_model_is():
@@ -95,37 +65,3 @@ def test_the_summary_has_metrics_what_is_paid_and_where_the_model_is():
         "billed: 30 s on each of 2 machine(s), 70% saved by spot",
         "model: s3://mine/output/job-1/output/model/",
     ]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("botocore") is None, reason="needs boto3: pip install -e '.[sagemaker]'")
-def test_a_busy_aws_or_a_lost_network_does_not_end_it():
-    """Every call fails once: throttled, or not connected. What else AWS says ends it."""
-    from botocore.exceptions import ClientError, EndpointConnectionError
-
-    class Busy(Aws):
-        failures = [
-            ClientError({"Error": {"Code": "ThrottlingException", "Message": "Rate exceeded"}}, "DescribeTrainingJob"),
-            EndpointConnectionError(endpoint_url="https://logs"),
-        ] * 2
-
-        def describe_training_job(self, TrainingJobName):
-            if len(self.failures) % 2 == 0 and self.failures:
-                raise self.failures.pop(0)
-            return super().describe_training_job(TrainingJobName)
-
-        def paginate(self, **request):
-            if self.failures:
-                raise self.failures.pop(0)
-            return super().paginate(**request)
-
-    out = io.StringIO()
-    job = follow("job-1", session=Busy([STATES[0], DONE], [[], [(1, 1, "hello")]]), poll_seconds=0, out=out)
-    assert job["TrainingJobStatus"] == "Completed"
-    said = out.getvalue().splitlines()
-    assert [line for line in said if "asking again" not in line] == [
-        "-- Pending", "-- Completed", "hello", "-- job-1: Completed"
-    ]  # fmt: skip
-    assert sum("asking again" in line for line in said) == 2  # once for calls that fail in a row
-    Busy.failures = [ClientError({"Error": {"Code": "AccessDeniedException", "Message": "no"}}, "Describe")] * 2
-    with pytest.raises(ClientError, match="no"):
-        follow("job-1", session=Busy([DONE], [None]), poll_seconds=0, out=out)

@@ -820,6 +820,7 @@ def test_what_vllm_cannot_sample_or_score_exactly_is_refused(fields: dict[str, f
         {"server_port": -1},
         {"server_urls": ["localhost:8000"]},
         {"num_servers": 2, "server_urls": ["http://localhost:8000"]},
+        {"sync_dir": "s3://bucket/prefix"},
     ],
 )
 def test_vllm_settings_out_of_range_are_named(fields: dict[str, object]) -> None:

@@ -699,8 +699,6 @@ def test_a_running_server_is_used_and_one_with_another_key_tokenizer_or_mode_ref
         build_engine(known, policy, tokenizer, api_key=None)
     with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
         build_engine(replace(known, temperature=0.7), policy, tokenizer)
-    with pytest.raises(ValueError, match="sync_dir is s3://.*weight_sync to full"):
-        build_engine(replace(known, sync_dir="s3://bucket/run", weight_sync="adapter"), adapted(), tokenizer)
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["tokens"])
     with pytest.raises(ValueError, match="another tokenizer"):

@@ -120,8 +120,7 @@ class RolloutConfig(Sampling):
     """How full weights reach a server: `gloo` (network), `nccl` (other GPUs), `ipc` (the same GPUs), `file` (a folder
     that both see), or auto: gloo on a CPU; on GPUs ipc for servers that the run starts on its own GPUs, else nccl."""
     sync_dir: str | None = None
-    """Folder that trainer and servers both see, for adapters and `weight_transfer: file`; default: a temporary one. For
-    files it may be in an object store (s3://BUCKET/PREFIX, gs://...), reached with the machine's credentials."""
+    """Folder that trainer and servers both see, for adapters and `weight_transfer: file`; default: a temporary one."""
     vllm_dtype: str = "auto"
     """Dtype in which vLLM serves: float32, bfloat16, float16, or auto: what the trainer computes in."""
     vllm_tensor_parallel_size: int = 1
@@ -181,6 +180,8 @@ class RolloutConfig(Sampling):
             raise ValueError(
                 f"vllm_gpu_memory_utilization is {self.vllm_gpu_memory_utilization}: set it to 0 (chosen) or below 1."
             )
+        if "://" in (self.sync_dir or ""):
+            raise ValueError(f"sync_dir is {self.sync_dir}: name a folder that trainer and servers both see.")
         if self.server_urls and (self.num_servers > 1 or self.server_port):
             key = "num_servers" if self.num_servers > 1 else "server_port"
             raise ValueError(f"{key} is for servers that the run starts, and server_urls names running ones: drop one.")

@@ -218,8 +218,7 @@ class VllmServerEngine:
         self._closing = threading.Event()
         self._distributed = torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if self._distributed else 0
-        place = (setup.config.sync_dir or str(setup.folder)).rstrip("/")
-        self._folder = f"{place if '://' in place else Path(place).resolve()}/sync-{secrets.token_hex(4)}"
+        self._folder = Path(setup.config.sync_dir or setup.folder).resolve() / f"sync-{secrets.token_hex(4)}"
         known: Any = None
         if self._rank == 0:
             try:
@@ -255,11 +254,6 @@ class VllmServerEngine:
     def _open(self) -> tuple[list[str], str, int]:
         """Servers that answer, and what all ranks have to know of them: addresses, the run's name, a context length."""
         config = self._config
-        if self._setup.sends_adapter and "://" in self._folder:
-            raise ValueError(
-                f"sync_dir is {config.sync_dir}, and vLLM reads adapters from folders: set weight_sync to full, or "
-                "sync_dir to a folder that trainer and servers both see."
-            )
         urls = list(config.server_urls)
         for number in range(0 if urls else config.num_servers):
             wanted = config.server_port and config.server_port + number
@@ -479,7 +473,7 @@ class VllmServerEngine:
         server.call("/resume")
 
     def _send_adapter(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
-        name, folder = self._adapter_name(version), Path(self._folder) / f"adapter-{version}"
+        name, folder = self._adapter_name(version), self._folder / f"adapter-{version}"
         report = write_adapter(policy, folder, writes=self._rank == 0)
         if self._rank == 0:
             self._adapters.append((name, folder))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import pickle
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -117,52 +118,23 @@ class Transport:
 
 
 class FileTransport(Transport):
-    """Safetensors in a folder that both ends see, or in an object store: slow, and works everywhere."""
+    """Safetensors in a folder that both ends see: slow, and works everywhere."""
 
     kind = "file"
 
-    def __init__(self, folder: str, number: int = 0):
-        """folder: a path or an address such as s3://BUCKET/PREFIX, of its own; number: of the server, for its file.
-
-        Raises ValueError: nothing can be written there.
-        """
-        from pyarrow.fs import FileSystem  # here, so that it outlives whoever closes this when the process ends
-
-        name = f"weights-{number}.safetensors"
-        try:
-            self._store, self._folder = FileSystem.from_uri(folder)
-            self._address, self._path = f"{folder}/{name}", f"{self._folder}/{name}"
-            if self._store.type_name == "local":
-                self._store.create_dir(self._folder)
-            self._write(b"")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"sync_dir: {folder} cannot be used ({error}): correct it.") from error
-
-    def _write(self, data: bytes) -> None:
-        with self._store.open_output_stream(self._path) as file:
-            file.write(data)
+    def __init__(self, folder: Path, number: int = 0):
+        """folder: of its own; number: of the server, for its file."""
+        self._path = folder / f"weights-{number}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
 
     def send(self, control: Control, bucket: Bucket) -> None:
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
-        self._write(save({name: tensor.cpu() for name, tensor in bucket}))
-        control("update_weights", update_info={"file": self._address})
+        save_file({name: tensor.cpu() for name, tensor in bucket}, self._path)
+        control("update_weights", update_info={"file": str(self._path)})
 
     def close(self) -> None:
-        from pyarrow.fs import FileType
-
-        if self._store.get_file_info(self._folder).type == FileType.Directory:
-            self._store.delete_dir(self._folder)
-
-
-def read_tensors(address: str) -> dict[str, Tensor]:
-    """What `FileTransport` wrote."""
-    from pyarrow.fs import FileSystem
-    from safetensors.torch import load
-
-    store, path = FileSystem.from_uri(address)
-    with store.open_input_file(path) as file:
-        return load(file.read())
+        shutil.rmtree(self._path.parent, ignore_errors=True)
 
 
 class BroadcastTransport(Transport):
@@ -298,6 +270,7 @@ def register() -> None:
 def _worker_end() -> type:
     """The back end's class. Made here because vLLM is imported only where it is used."""
     import vllm.envs
+    from safetensors.torch import load
     from vllm.distributed.weight_transfer import nccl_common
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
@@ -354,7 +327,7 @@ def _worker_end() -> type:
             if "weights" in update_info:
                 yield from update_info["weights"]
             elif "file" in update_info:
-                yield from read_tensors(update_info["file"]).items()
+                yield from load(Path(update_info["file"]).read_bytes()).items()
             elif "names" in update_info:
                 names, dtypes, shapes = (update_info[key] for key in ("names", "dtype_names", "shapes"))
                 with ThreadPoolExecutor(1) as pool:  # over a network the next ones arrive while one is loaded

@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 _LAUNCHER = Path(__file__).resolve().parents[3] / "launch" / "vllm_server.py"
 _NAME = "policy"
 _POLL_SECONDS = 0.2
-_STARTS = 3
 _LOSSES = 8
 # Straight to the server: a proxy that the machine is set up with is for the world outside.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -176,17 +175,13 @@ class Server:
 
 
 def _why_it_ended(log: str, path: Path) -> Exception:
-    """What a server's log says about its end."""
-    if "ddress already in use" in log:
-        return ServerLostError("the port was taken by another program")
-    sentence = one_sentence(log)
-    if sentence:
+    """What a server's log says about its end; an end without an error, or for want of a port, is worth another try."""
+    if sentence := one_sentence(log):
         return ValueError(sentence)
-    errors = [line for line in re.findall(r"^.*\b(?:\w+Error|Exception): .+$", log, re.M) if "WARNING" not in line]
-    if not errors and "error:" not in log:
-        return ServerLostError(f"it ended while starting without a word, as a killed process does (its log: {path})")
-    last = re.sub(r"^\([^)]*\)\s*", "", (errors or log.strip().splitlines() or ["no output"])[-1]).strip()
-    return RuntimeError(f"a vLLM server ended while starting: {last[:300]} (its log: {path})")
+    errors = re.findall(r"^.*\b(?:\w+Error|Exception|error): .+$", log, re.M)
+    if not errors or "ddress already in use" in log:
+        return ServerLostError(f"it ended while starting, killed or without its port (its log: {path})")
+    return RuntimeError(f"a vLLM server ended while starting: {errors[-1].strip()[:300]} (its log: {path})")
 
 
 class VllmServerEngine:
@@ -268,9 +263,6 @@ class VllmServerEngine:
             )
         with ThreadPoolExecutor(len(urls)) as pool:
             list(pool.map(self._bring_up, self._servers))
-        if config.server_urls:
-            for server in self._servers:
-                self._check_identity(server)
         length = min(server.models()[0]["max_model_len"] for server in self._servers)
         return [server.url for server in self._servers], secrets.token_hex(4), length
 
@@ -321,18 +313,14 @@ class VllmServerEngine:
                 options.append(f"--{'' if value else 'no-'}{flag}")
             else:
                 options.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
-        for attempt in range(_STARTS):
-            server.start(options, self._setup.folder / f"server-{server.number}.log")
+        server.start(options, self._setup.folder / f"server-{server.number}.log")
+        try:
             if self._closing.is_set():
-                server.kill()
-            try:
-                return server.wait_until_up(server.timeout)
-            except ServerLostError as error:
-                server.kill()
-                if attempt + 1 == _STARTS or self._closing.is_set():
-                    raise ServerLostError(f"a vLLM server could not be started: {error}") from error
-                if not self._config.server_port and not (self._distributed and self._run):  # others know the port
-                    server.url = f"http://127.0.0.1:{free_port()}"
+                raise ServerLostError("the engine is closed")
+            server.wait_until_up(server.timeout)
+        except ServerLostError as error:
+            server.kill()
+            raise ServerLostError(f"a vLLM server could not be started: {error}") from error
 
     def _shares_gpu(self) -> bool:
         return self._setup.device != "cpu" and not self._config.server_urls and self._gpus(0) is None
@@ -347,34 +335,6 @@ class VllmServerEngine:
             return None
         first = world + number * size
         return ",".join(str(gpu) for gpu in range(first, first + size))
-
-    def _check_identity(self, server: Server) -> None:
-        """Raise ValueError where a running server serves another model, or reads text otherwise."""
-        name = server.models()[0]["id"]
-        try:
-            settings = server.call("/server_info?config_format=json", timeout=60, method="GET")["vllm_config"]
-        except RuntimeError as error:
-            raise ValueError(f"{server.url} has no routes for training: start it with launch/vllm_server.py") from error
-        model = settings["model_config"]
-        wanted = self._setup.arguments(shares_gpu=False)
-        for key, mine in (("logprobs_mode", wanted["logprobs_mode"]), ("dtype", str(self._setup.dtype))):
-            theirs = str(model[key])
-            if theirs.removeprefix("torch.") != mine.removeprefix("torch."):
-                flag, mine = key.replace("_", "-"), mine.removeprefix("torch.")
-                raise ValueError(f"{server.url} serves with {key} {theirs}, not {mine}: start it with --{flag} {mine}.")
-        if self._setup.sends_adapter and not settings.get("lora_config"):
-            raise ValueError(
-                f"{server.url} serves no adapters: start it with --enable-lora --max-loras 2 --max-lora-rank "
-                f"{self._setup.lora_rank}, or set weight_sync to full."
-            )
-        probe = "A server's 12 tokens, 3.5% of which: \n\tünïcode?"
-        if self._setup.tokenizer is not None:
-            mine = list(self._setup.tokenizer(probe, add_special_tokens=False)["input_ids"])
-            asked = {"model": name, "prompt": probe, "add_special_tokens": False}
-            if server.call("/tokenize", asked, timeout=30)["tokens"] != mine:
-                raise ValueError(f"{server.url} has another tokenizer than the run: start it with the run's model_id.")
-        probe = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
-        server.call("/inference/v1/generate", probe, timeout=60)
 
     # ---- weights -----------------------------------------------------------------------------------------------------
 

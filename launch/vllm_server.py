@@ -29,9 +29,7 @@ _SECONDS_TO_STOP = 5.0
 _OPEN = ("/health", "/metrics")  # routes that a load balancer or Prometheus asks, without a key
 
 
-def environment(
-    base: Mapping[str, str], options: Sequence[str], *, on_cpu: bool, gpus: str | None, ipc: bool = False
-) -> dict[str, str]:
+def environment(base: Mapping[str, str], options: Sequence[str], *, on_cpu: bool, gpus: str | None) -> dict[str, str]:
     """The server's environment variables: `base`, with what it needs; a value that `base` has stands.
 
     gpus: numbers among the visible GPUs, comma-separated; None leaves all of them.
@@ -52,8 +50,6 @@ def environment(
         if not any(re.match("-tp|--tensor[-_]parallel", option) for option in options):
             needed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less
             needed[_FORK] = "1"
-    if ipc:
-        needed["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled
     variables = needed | dict(base)
     if gpus is not None:
         visible = base.get("CUDA_VISIBLE_DEVICES")
@@ -122,11 +118,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", type=int, help="process whose end ends the server")
     parser.add_argument("--gpus", help="numbers of the GPUs to use, comma-separated; default: all")
-    parser.add_argument("--ipc", action="store_true", help="take weights as pickled handles of this GPU's memory")
     parser.add_argument("--api-key", help="VLLM_API_KEY, which nobody sees in a list of processes, is better")
     own, options = parser.parse_known_args(argv)
     on_cpu = has_cpu_build()
-    variables = environment(os.environ, options, on_cpu=on_cpu, gpus=own.gpus, ipc=own.ipc)
+    variables = environment(os.environ, options, on_cpu=on_cpu, gpus=own.gpus)
     if own.api_key:
         variables["VLLM_API_KEY"] = own.api_key
     defaults = ["--host=127.0.0.1", '--weight-transfer-config={"backend": "plumbline"}']

@@ -10,7 +10,7 @@ import torch
 
 ENGINES = ("auto", "transformers", "vllm", "vllm-server")
 WEIGHT_SYNCS = ("auto", "full", "adapter")
-WEIGHT_TRANSFERS = ("auto", "gloo", "nccl", "ipc", "file")
+WEIGHT_TRANSFERS = ("auto", "gloo", "nccl", "file")
 VLLM_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # and the values that turn them off
 STRUCTURED = ("structured_outputs_regex", "structured_outputs_json")
@@ -117,8 +117,8 @@ class RolloutConfig(Sampling):
     """What goes to vLLM after each step: `full` weights (adapters merged on the fly), the `adapter` alone (LoRA), or
     auto: the adapter on GPUs where vLLM can serve it, else full (on a CPU vLLM is slow with adapters)."""
     weight_transfer: str = "auto"
-    """How full weights reach a server: `gloo` (network), `nccl` (other GPUs), `ipc` (the same GPUs), `file` (a folder
-    that both see), or auto: gloo on a CPU; on GPUs ipc for servers that the run starts on its own GPUs, else nccl."""
+    """How full weights reach a server: `gloo` (network), `nccl` (other GPUs), `file` (a folder that both see), or auto:
+    nccl where the servers have GPUs other than the trainer's, else gloo."""
     sync_dir: str | None = None
     """Folder that trainer and servers both see, for adapters and `weight_transfer: file`; default: a temporary one."""
     vllm_dtype: str = "auto"

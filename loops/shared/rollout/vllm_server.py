@@ -41,7 +41,6 @@ from loops.shared.rollout.weight_transfer import (
     BroadcastTransport,
     Bucket,
     FileTransport,
-    IpcTransport,
     Transport,
     buckets,
     free_port,
@@ -269,15 +268,9 @@ class VllmServerEngine:
     def _transport(self, number: int, url: str) -> Transport:
         kind = self._config.weight_transfer
         if kind == "auto":
-            kind = "gloo" if self._setup.device == "cpu" else "ipc" if self._shares_gpu() else "nccl"
+            kind = "gloo" if self._setup.device == "cpu" or self._shares_gpu() else "nccl"
         if kind == "file":
             return FileTransport(self._folder, number)
-        if kind == "ipc":
-            if self._config.vllm_tensor_parallel_size > 1:
-                raise ValueError(
-                    "weight_transfer ipc reaches one GPU, and vllm_tensor_parallel_size is above 1: use nccl or file."
-                )
-            return IpcTransport()
         return BroadcastTransport(kind, host=_own_address(url), timeout=self._config.server_timeout)
 
     def _bring_up(self, server: Server) -> None:
@@ -305,8 +298,6 @@ class VllmServerEngine:
         options = [f"--served-model-name={_NAME}"]
         if gpus := self._gpus(server.number):
             options.append(f"--gpus={gpus}")
-        if server.transport.kind == "ipc":
-            options.append("--ipc")
         for name, value in self._setup.arguments(shares_gpu=self._shares_gpu()).items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):

@@ -4,13 +4,11 @@ A full update speaks vLLM's native protocol: init_weight_transfer_engine once, t
 for each bucket, finish_weight_update. What travels in these calls are plain dicts; the tensors go beside them. vLLM
 finds the workers' end through the entry point `vllm.general_plugins` (`register`), in every process that it starts. It
 is one back end, `plumbline`; the trainer says in the first call which way the tensors take: `direct` (the same
-process), `gloo` (network, CPU), `nccl` (other GPUs), `ipc` (the same GPU), `file`.
+process), `gloo` (network, CPU), `nccl` (other GPUs), `file`.
 """
 
 from __future__ import annotations
 
-import base64
-import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -184,22 +182,6 @@ class BroadcastTransport(Transport):
         self._group = None
 
 
-class IpcTransport(Transport):
-    """CUDA memory of this process, opened by workers on the same GPU."""
-
-    kind = "ipc"
-
-    def send(self, control: Control, bucket: Bucket) -> None:
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        shared = [(name, tensor.cuda()) for name, tensor in bucket]  # kept until the workers have copied
-        handles = [{gpu: reduce_tensor(tensor)[1]} for _, tensor in shared]
-        pickled = base64.b64encode(pickle.dumps(handles)).decode()
-        control("update_weights", update_info={**describe(shared), "ipc_handles_pickled": pickled})
-        torch.cuda.ipc_collect()
-
-
 def describe(bucket: Bucket) -> dict[str, list]:
     """Names, dtypes and shapes of a bucket as they travel in `update_weights`."""
     return {
@@ -269,7 +251,6 @@ def register() -> None:
 
 def _worker_end() -> type:
     """The back end's class. Made here because vLLM is imported only where it is used."""
-    import vllm.envs
     from safetensors.torch import load
     from vllm.distributed.weight_transfer import nccl_common
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
@@ -301,15 +282,10 @@ def _worker_end() -> type:
                     master_address=host, master_port=port, rank_offset=1, world_size=size
                 )
                 self.group = nccl_common.worker_init_process_group(meeting, config)
-            elif kind == "ipc" and not vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION:
-                raise ValueError("weight_transfer ipc brings pickled handles, which need the option --ipc")
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             try:
-                if "ipc_handles_pickled" in update_info:
-                    super().update_weights(update_info)
-                else:
-                    self._load(update_info)
+                self._load(update_info)
             except Exception:
                 _abandon(self.model)
                 raise

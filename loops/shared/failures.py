@@ -1,13 +1,4 @@
-"""What keeps a run from hanging or going wrong in silence.
-
-`StopRequest`: graceful shutdown, after the current step. `Watch`: nobody waits for a dead process for
-ever, and every wait says for whom. `FiniteGuard`: a non-finite gradient (NaN or inf) names its rows and changes no
-weight.
-`explain_out_of_memory`: which settings to change, in which order.
-
-Legend: a process is called by its rank; its position is what it does, as (step, what), and how many positions it had
-before (all ranks go through the same ones, so a smaller number means: behind).
-"""
+"""Failures that would hang a run or go unnoticed: SIGTERM, dead ranks, non-finite gradients, memory that ran out."""
 
 from __future__ import annotations
 
@@ -23,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,12 +31,12 @@ TERMINATED = 128 + signal.SIGTERM  # exit code of a process that SIGTERM ended
 HURRIED = 6.0  # seconds of silence that are enough once this process itself is asked to end
 GRACE = 4.0  # seconds left to the main thread, which often gets an error of its own when a peer is gone
 CLOSING = 5.0  # seconds that servers and trackers get to end when the process cannot go on
-ECHO = 2.0  # seconds within which a second SIGTERM is the first one, heard again
+ECHO = 2.0  # seconds within which a second SIGTERM counts as the first one, passed on by the launcher
 POLL = 0.5  # seconds between two looks
 
 
 def end_process(sentence: str, code: int, closers: Sequence[Callable[[], object]] = ()) -> None:
-    """Say `sentence`, call `closers` (5 seconds together at most), leave; works from any thread."""
+    """Print `sentence`, call `closers` (5 seconds in total at most), exit; works from any thread."""
 
     def close() -> None:
         for closer in closers:
@@ -161,17 +153,16 @@ def group_timeout(collective_timeout: float) -> timedelta:
 
 
 class Watch:
-    """Ends this process, with one sentence, when it waits for a rank that will not come.
+    """Ends this process, with one sentence that names the rank and its phase, when it waits for a rank in vain.
 
-    Two threads. One tells the others through the process group's store that this process lives and where it is, once a
-    second, and reads the same of them; it goes on while the main thread computes or waits. The other judges:
+    One thread writes this rank's phase to the process group's store, once per second, and reads those of the others;
+    it goes on while the main thread computes or waits. Another thread decides:
 
-    - a rank whose process is gone (seen at once on one machine), or that ended early, ends the run within seconds;
-    - a rank that was not heard of for `heartbeat_timeout` seconds (stopped, cut off, its machine gone) ends it then;
-      after a SIGTERM 6 seconds are enough, so that nobody waits to save together with the dead;
+    - a rank whose process is gone, or that ended early, ends the run within seconds;
+    - a rank that was not heard of for `heartbeat_timeout` seconds ends it then; after a SIGTERM 6 seconds are enough;
     - a rank that lives but is behind is waited for, with a notice every now and then, for `collective_timeout` seconds.
 
-    Only seconds during which this process itself ran count: a suspended job goes on when it is woken.
+    Only seconds during which this process itself ran count: a suspended job goes on when it is resumed.
     """
 
     def __init__(
@@ -188,16 +179,13 @@ class Watch:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.closers = list(closers)
         self._heartbeat_timeout, self._collective_timeout = heartbeat_timeout, collective_timeout
-        self._notice = notice
-        self._stop = stop
-        self._running = False
-        self._lock = threading.Lock()
-        self._position = (0, 0, "starting", time.monotonic())  # how many before, step, what, since
+        self._notice, self._stop = notice, stop
+        self._running, self._wake, self._lock = False, threading.Event(), threading.Lock()
+        self._phase = (0, 0, "starting", time.monotonic())  # number of phases before, step, phase, since when
         self._state = "running"  # or "finished", or how it ended early
         self._peers = {rank: _Peer(rank) for rank in range(self.size) if rank != self.rank}
         self._pause = max(1.0, self.size / 64)  # between two beats; the store answers size x size records in this time
-        self._unanswered = 0.0  # seconds since the store last answered
-        self._store_error = ""
+        self._unanswered, self._store_error = 0.0, ""  # seconds since the store last answered
 
     def start(self) -> None:
         """Begin; on every rank, right after the process group exists. With one process nothing happens."""
@@ -211,33 +199,32 @@ class Watch:
         for rank, (place, pid) in enumerate(gather_object([(_PLACE, os.getpid())])):
             if rank != self.rank and place == _PLACE is not None:
                 self._peers[rank].pid = pid
-        self._running, self._wake = True, threading.Event()
+        self._running = True
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._beating.start()
         threading.Thread(target=self._judge, daemon=True).start()
         self._previous_hook, sys.excepthook = sys.excepthook, self._on_error
-        atexit.register(self._leave, "its own error is above")
+        atexit.register(self._leave, "ended early (its own error is above)")
 
-    def set_phase(self, step: int, what: str) -> None:
-        """Record the phase of this process: `what` names it. Every rank must make the same calls; they cost nothing."""
-        self._position = (self._position[0] + 1, step, what, time.monotonic())
+    def set_phase(self, step: int, phase: str) -> None:
+        """Record the phase of this process. Every rank must make the same calls; they cost nothing."""
+        self._phase = (self._phase[0] + 1, step, phase, time.monotonic())
 
     def stop(self) -> None:
         """End well: from here on this process may be silent. Call it after the last exchange, on every rank."""
         if self._running:
             sys.excepthook = self._previous_hook
             atexit.unregister(self._leave)
-            self._leave("")
+            self._leave("finished")
 
-    def _leave(self, reason: str) -> None:
-        if self._state == "running":
-            self._state = f"ended early ({reason})" if reason else "finished"
+    def _leave(self, state: str) -> None:
+        self._state = state if self._state == "running" else self._state
         self._running = False
         self._wake.set()
         self._beating.join(2.0)  # it tells the others
 
     def _on_error(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        """The error's traceback, as ever, and after it which rank is missing, if the error came from that."""
+        """Print the error's traceback and, if it came from a missing rank, the sentence that names the rank."""
         self._previous_hook(kind, error, trace)
         self._state = f"ended early ({traceback.format_exception_only(kind, error)[-1].strip()[:200]})"
         self._wake.set()
@@ -247,28 +234,22 @@ class Watch:
             with self._lock:
                 for peer in self._peers.values():
                     peer.look(0.2)
-            missing = self._missing(silence=2.5 * self._pause, grace=0.0)
-            if missing:
+            if missing := self._missing(silence=2.5 * self._pause, grace=0.0):
                 os.write(2, (self._sentence(missing) + "\n").encode())
                 break
 
-    # The thread that talks to the store.
-
     def _beat(self) -> None:
-        number = 0
+        """Talk to the store; the only thread that does, since the store may be what does not answer."""
         while True:
-            number += 1
             ending = not self._running
-            before, step, what, since = self._position
-            record = {"beat": number, "before": before, "step": step, "what": what, "state": self._state}
-            record["since"] = time.monotonic() - since
+            before, step, phase, since = self._phase
+            record = {"before": before, "step": step, "phase": phase, "state": self._state}
+            record["since"] = time.monotonic() - since  # differs with every beat
             try:
                 self._store.set(str(self.rank), json.dumps(record))
                 if ending:
                     return
-                for peer in self._peers.values():
-                    peer.known = peer.known or self._store.check([str(peer.rank)])
-                known = [peer for peer in self._peers.values() if peer.known]
+                known = [peer for peer in self._peers.values() if peer.record or self._store.check([str(peer.rank)])]
                 texts = self._store.multi_get([str(peer.rank) for peer in known]) if known else []
             except RuntimeError as error:  # torch's name for a lost connection
                 self._store_error = str(error).splitlines()[0]
@@ -276,20 +257,21 @@ class Watch:
             with self._lock:
                 self._unanswered = 0.0
                 for peer, text in zip(known, texts, strict=True):
-                    peer.hear(json.loads(text))
+                    record = json.loads(text)
+                    if record != peer.record:
+                        peer.record, peer.silent = record, 0.0
             self._wake.wait(self._pause)
             self._wake.clear()
 
-    # The thread that judges; it never touches the store, which may be what does not answer.
-
     def _judge(self) -> None:
+        """Look at the others twice per second; end the process, or print whom it waits for."""
         before, waited, notice, last = -1, 0.0, self._notice, time.monotonic()
         while self._running:
             time.sleep(POLL)
             now = time.monotonic()
             passed, last = min(now - last, 2 * POLL), now  # less where this process itself was stopped
-            if self._position[0] != before:
-                before, waited, notice = self._position[0], 0.0, self._notice
+            if self._phase[0] != before:
+                before, waited, notice = self._phase[0], 0.0, self._notice
             waited += passed
             with self._lock:
                 self._unanswered += passed
@@ -303,16 +285,18 @@ class Watch:
                 missing = [f"{peer.describe()}, waited for {waited:.0f} s (collective_timeout)" for peer in behind]
             if missing and self._running:
                 for peer in self._peers.values():
-                    peer.kill_if_stopped(silence)
+                    if peer.process == "T" and peer.silent > silence:  # it takes no other signal while it is stopped,
+                        with suppress(ProcessLookupError):  # and the launcher would wait half a minute for it
+                            os.kill(peer.pid, signal.SIGKILL)  # type: ignore[arg-type]
                 end_process(self._sentence(missing), TERMINATED if hurried else 1, self.closers)
-            first = all(rank in [peer.rank for peer in behind] for rank in range(self.rank))  # one speaks for all
+            first = all(rank in [peer.rank for peer in behind] for rank in range(self.rank))  # one rank prints
             if behind and first and waited > notice:
                 notice *= 2
                 who = "; ".join(peer.describe() for peer in behind)
                 os.write(2, f"{self._here()}, has waited {waited:.0f} s for {who}\n".encode())
 
     def _missing(self, silence: float, grace: float) -> list[str]:
-        """Those who will not come, described; the store too, without which nobody's silence means anything."""
+        """The ranks that will not come; or the store, without which nobody's silence means anything."""
         with self._lock:
             stalled = bool(self._store_error) or self._unanswered > 3 * self._pause
             peers = [peer for peer in self._peers.values() if peer.is_missing(math.inf if stalled else silence, grace)]
@@ -325,54 +309,46 @@ class Watch:
             return [peer.describe() for peer in peers]
 
     def _here(self) -> str:
-        _, step, what, _ = self._position
-        return f"rank {self.rank} at step {step}, {what}"
+        return f"rank {self.rank} at step {self._phase[1]}, {self._phase[2]}"
 
     def _sentence(self, missing: list[str]) -> str:
         return f"{self._here()}: cannot go on without {'; '.join(missing)}; the run ends here."
 
 
+@dataclass
 class _Peer:
-    """What this process knows of another one."""
+    """What this process knows of another rank."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.known = False  # whether it has written to the store
-        self.state = "running"
-        self.before = -1  # positions it had before the present one; behind everybody until it is heard of
-        self.silent = 0.0  # seconds without a sign
-        self.gone = self.left = 0.0  # seconds since its process was seen gone, since it said that it ended early
-        self.pid: int | None = None  # where its process can be seen from here
-        self.process = ""  # state letter of that process
-        self.record: dict[str, Any] = {}
+    rank: int
+    pid: int | None = None  # where its process can be seen from here
+    process: str = ""  # state letter of that process, or gone
+    record: dict[str, Any] = field(default_factory=dict)  # the newest that it wrote to the store
+    silent: float = 0.0  # seconds without news
+    over: float = 0.0  # seconds since its process was seen gone, or it wrote that it ended early
 
-    def hear(self, record: dict[str, Any]) -> None:
-        """Take its newest record."""
-        if record["beat"] != self.record.get("beat"):
-            self.record, self.state, self.before, self.silent = record, record["state"], record["before"], 0.0
+    @property
+    def state(self) -> str:
+        return self.record.get("state", "running")
+
+    @property
+    def before(self) -> int:
+        return self.record.get("before", -1)
+
+    @property
+    def gone(self) -> bool:
+        return self.process in ("gone", "Z", "X") and self.state == "running"
 
     def look(self, passed: float) -> None:
         """Look at its process, if it runs on this machine; `passed` seconds after the last look."""
         if self.pid is not None:
             self.process = _process_state(self.pid)
         self.silent += passed
-        self.gone = self.gone + passed if self.process in ("gone", "Z", "X") and self.state == "running" else 0.0
-        self.left = self.left + passed if self.state.startswith("ended") else 0.0
+        self.over = self.over + passed if self.gone or self.state.startswith("ended") else 0.0
 
     def is_missing(self, silence: float, grace: float) -> bool:
         """Whether it will not come: ended, gone, or silent for `silence` seconds though not seen alive."""
-        if self.state == "finished":
-            return False
         computes = self.process in ("R", "S", "D", "t")  # but keeps Python's lock, or a debugger (t) looks at it
-        ended = max(self.gone, self.left)
-        return ended > grace or (self.silent > silence and not computes)
-
-    def kill_if_stopped(self, silence: float) -> None:
-        """End its process if SIGSTOP holds it, on this machine: it takes no other signal, and the launcher would wait
-        half a minute for it."""
-        if self.pid is not None and self.process == "T" and self.silent > silence:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        return self.state != "finished" and (self.over > grace or (self.silent > silence and not computes))
 
     def describe(self) -> str:
         """Who, where and since when."""
@@ -380,19 +356,18 @@ class _Peer:
         ended = self.state if self.state != "running" else seen
         if not self.record:
             return f"rank {self.rank} ({ended + '; ' if ended else ''}never heard of)"
-        place = f"step {self.record['step']}, {self.record['what']}"
+        place = f"step {self.record['step']}, {self.record['phase']}"
         if self.silent < 3 and not ended:
             return f"rank {self.rank} (at {place}, since {self.record['since'] + self.silent:.0f} s)"
         return f"rank {self.rank} ({ended + '; ' if ended else ''}last heard {self.silent:.0f} s ago at {place})"
 
 
 def _place() -> str | None:
-    """Names the machine and its process numbers, or None where /proc does not tell; two ranks see each other's
-    processes only where these agree."""
+    """Names the machine and its process numbers: two ranks see each other's processes only where it is the same."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
-        return None
+        return None  # outside Linux
 
 
 _PLACE = _place()

@@ -6,7 +6,6 @@ embedding, one for final norm and head. Settings of FSDP1 are translated; what h
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,34 +56,29 @@ class Sharding:
     """Sentences on settings that were given and have no effect."""
 
 
-_STRATEGIES = {  # FSDP1's name or number -> (reshard_after_forward, hybrid), None for no sharding at all
-    **dict.fromkeys(("full_shard", "1"), (True, False)),
-    **dict.fromkeys(("shard_grad_op", "2"), (False, False)),
-    **dict.fromkeys(("no_shard", "3"), None),
-    **dict.fromkeys(("hybrid_shard", "4"), (True, True)),
-    **dict.fromkeys(("hybrid_shard_zero2", "5"), (False, True)),
+_STRATEGIES = {  # FSDP1's name -> (reshard_after_forward, hybrid)
+    "full_shard": (True, False),
+    "shard_grad_op": (False, False),
+    "hybrid_shard": (True, True),
+    "hybrid_shard_zero2": (False, True),
 }
-_LAYER_KEYS = (
-    *("layer_classes", "transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap", "transformer_cls_to_wrap"),
-)
-_FLAGS = {
-    "offload_params": "cpu_offload",
+_FLAGS = {  # spelling -> field of Sharding
+    "reshard_after_forward": "reshard_after_forward",
     "cpu_offload": "cpu_offload",
-    "offload": "cpu_offload",
+    "offload_params": "cpu_offload",
     "cpu_ram_efficient_loading": "cpu_ram_efficient_loading",
     "forward_prefetch": "forward_prefetch",
     "activation_checkpointing": "activation_checkpointing",
 }
-_IGNORED = {  # settings of FSDP1, and of saving, without an equivalent -> what happens instead
-    "use_orig_params": "FSDP2 always has the original parameters",
-    "sync_module_states": "every process reads the same weights; see cpu_ram_efficient_loading",
-    "limit_all_gathers": "FSDP2 needs no limit",
-    "min_num_params": "the decoder layers are the units",
-    "state_dict_type": "checkpoints are always sharded and exports always whole",
-    "mixed_precision_policy": "mixed_precision says it: parameters in bf16, reductions and outputs in fp32",
-    "activation_checkpointing_offload": "activation_offloading is the loop's own setting",
-    "ignored_modules": "everything is sharded",
-    "xla": "there is no XLA path",
+_WITHOUT_EFFECT = {  # FSDP1's setting -> the values that say what FSDP2 does; others are named and ignored
+    "version": ("2",),
+    "auto_wrap_policy": ("transformer_based_wrap",),
+    "backward_prefetch": ("backward_pre",),
+    "use_orig_params": (),
+    "sync_module_states": (),
+    "limit_all_gathers": (),
+    "min_num_params": (),
+    "state_dict_type": (),
 }
 
 
@@ -95,67 +89,53 @@ def read_sharding(fsdp: str | Mapping[str, Any], further: Mapping[str, Any], cpu
     `fsdp_config`. Keys may carry the prefix `fsdp_`, values are those of FSDP1 or FSDP2. Raises ValueError for an
     unknown word, key or value.
     """
-    given: dict[str, Any] = {}
-    if isinstance(fsdp, Mapping):
-        given |= fsdp
-    else:
-        for word in str(fsdp or "").replace(",", " ").split():
-            if word.lower() in ("true", "auto_wrap", "fully_shard", "false"):
-                given |= {"auto_wrap_policy": "transformer_based_wrap"} if word.lower() != "false" else {}
-            elif word.lower() in _STRATEGIES:
-                given["sharding_strategy"] = word
-            elif word.lower() == "offload":
-                given["offload_params"] = True
-            else:
-                raise ValueError(
-                    f"fsdp says {word!r}; it knows full_shard, shard_grad_op, hybrid_shard, hybrid_shard_zero2, "
-                    "no_shard, auto_wrap and offload."
-                )
+    given = dict(fsdp) if isinstance(fsdp, Mapping) else _words(fsdp)
     if not given and not cpu_offload:
         if further:
             raise ValueError("fsdp_config is set without fsdp; add `fsdp: full_shard` (or drop fsdp_config).")
         return None
-    given = {key.lower().removeprefix("fsdp_"): value for key, value in {**given, **further}.items()}
     values: dict[str, Any] = {"cpu_offload": cpu_offload}
     ignored: list[str] = []
-    for key, value in given.items():
-        text = str(value).strip().lower()
-        if value is None or key == "version":
-            if text == "1":
-                ignored.append("fsdp_version 1: sharding is FSDP2's")
-        elif key in ("sharding_strategy", "strategy") or (key == "reshard_after_forward" and text in _STRATEGIES):
-            if text not in _STRATEGIES:
-                raise ValueError(f"fsdp: {key} is {value!r}; choose one of {', '.join(list(_STRATEGIES)[::2])}.")
-            choice = _STRATEGIES[text]
-            if choice is None:
+    for spelled, value in {**given, **further}.items():
+        key, text = spelled.lower().removeprefix("fsdp_"), str(value).strip().lower()
+        if value is None:
+            continue
+        if key == "sharding_strategy":
+            if text == "no_shard":
                 return None
-            values["reshard_after_forward"] = choice[0]
-            if choice[1]:
+            if text not in _STRATEGIES:
+                raise ValueError(f"fsdp: {key} is {value!r}; choose one of {', '.join(_STRATEGIES)} or no_shard.")
+            values["reshard_after_forward"], hybrid = _STRATEGIES[text]
+            if hybrid:
                 values.setdefault("dp_replicate_size", 0)
-        elif key == "reshard_after_forward":
-            values[key] = _flag(key, value)
         elif key in _FLAGS:
-            values[_FLAGS[key]] = _flag(key, value) or values.get(_FLAGS[key], False)
+            values[_FLAGS[key]] = _flag(key, value) or (_FLAGS[key] == "cpu_offload" and values["cpu_offload"])
         elif key == "dp_replicate_size":
             values[key] = int(value)
-        elif key in _LAYER_KEYS:
+        elif key in ("layer_classes", "transformer_layer_cls_to_wrap"):
             names = value.split(",") if isinstance(value, str) else list(value)
             values["layer_classes"] = tuple(name.strip() for name in names if name.strip())
-        elif key == "auto_wrap_policy":
-            if text not in ("transformer_based_wrap", "true"):
-                ignored.append(f"auto_wrap_policy {value}: the decoder layers are the units")
-        elif key == "backward_prefetch":
-            if text not in ("backward_pre", "1"):
-                ignored.append(f"backward_prefetch {value}: FSDP2 gathers ahead in backward as BACKWARD_PRE does")
-        elif key in _IGNORED:
-            ignored.append(f"{key}: {_IGNORED[key]}")
-        else:
-            known = ["reshard_after_forward", "dp_replicate_size", *_LAYER_KEYS, *_FLAGS, *_IGNORED]
-            known.append("sharding_strategy")
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see the Sharding class in loops/shared/sharding.py."
-            raise ValueError(f"fsdp: there is no setting {key}; {hint}")
+        elif key not in _WITHOUT_EFFECT:
+            known = ("sharding_strategy", *_FLAGS, "dp_replicate_size", "layer_classes", *_WITHOUT_EFFECT)
+            raise ValueError(f"fsdp: there is no setting {key}; choose one of {', '.join(known)}.")
+        elif text not in _WITHOUT_EFFECT[key]:
+            ignored.append(f"fsdp_{key} {value}, which FSDP2 does not have (docs/sharding.md)")
     return Sharding(**values, ignored=tuple(ignored))
+
+
+def _words(fsdp: str) -> dict[str, Any]:
+    """transformers' string as a mapping."""
+    given: dict[str, Any] = {}
+    for word in str(fsdp or "").lower().replace(",", " ").split():
+        if word in _STRATEGIES or word == "no_shard":
+            given["sharding_strategy"] = word
+        elif word == "offload":
+            given["cpu_offload"] = True
+        elif word in ("auto_wrap", "true"):
+            given["auto_wrap_policy"] = "transformer_based_wrap"
+        elif word != "false":
+            raise ValueError(f"fsdp says {word!r}; it knows {', '.join(_STRATEGIES)}, no_shard, auto_wrap and offload.")
+    return given
 
 
 def read_launcher_sharding(environment: Mapping[str, str]) -> Sharding | None:
@@ -278,15 +258,11 @@ def prepare(
     plugin = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = classes
     compute = getattr(plugin.mixed_precision_policy, "param_dtype", None)
-    for parameter in policy.parameters():
-        if type(parameter).__name__ != "Params4bit":
-            continue
-        if not parameter.is_floating_point():
-            raise ValueError("bnb_4bit_quant_storage is an integer type, which fsdp cannot shard; set it to auto.")
-        if compute not in (None, parameter.dtype):  # a cast would change the packed bits
-            raise ValueError(
-                f"bnb_4bit_quant_storage is {parameter.dtype} and fsdp computes in {compute}; make them the same."
-            )
+    packed = next((p.dtype for p in policy.parameters() if type(p).__name__ == "Params4bit"), None)
+    if packed and not (packed.is_floating_point and compute in (None, packed)):  # a cast would change the packed bits
+        raise ValueError(
+            f"bnb_4bit_quant_storage is {packed} and fsdp computes in {compute or packed}: make them one float dtype."
+        )
     models = [policy] + ([reference.model] if reference is not None and reference.kind == "copy" else [])
     layers = [[module for module in model.modules() if type(module).__name__ in classes] for model in models]
     whole = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
@@ -323,9 +299,8 @@ def sharding_line(accelerator: Accelerator, policy: nn.Module, sharding: Shardin
     """One line for the log: what the run got, such as `sharded over 2 processes: 1,024 of 2,048 elements here`."""
     processes = accelerator.num_processes
     if not is_sharded(accelerator):
-        wish = "; one process has nothing to shard" if sharding is not None else ""
-        wish += ", and cpu_offload no effect" if sharding is not None and sharding.cpu_offload else ""
-        return f"{processes} process{'es, each with a whole copy' if processes > 1 else ''}{wish}"
+        unused = "; fsdp and cpu_offload have no effect on one process" if sharding is not None else ""
+        return f"{processes} process{'es, each with a whole copy' if processes > 1 else ''}{unused}"
     grid = accelerator.parallelism_config
     copies = 1 if grid is None else grid.dp_replicate_size
     policy_dtype = getattr(accelerator.state.fsdp_plugin.mixed_precision_policy, "param_dtype", None)
@@ -338,12 +313,11 @@ def sharding_line(accelerator: Accelerator, policy: nn.Module, sharding: Shardin
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """All parameters whole on every process inside, so that each may run as many forwards as it likes.
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """All parameters unsharded inside the block, like FSDP1's `summon_full_params`; inert where nothing is sharded.
 
     Sampling needs it: processes decode different numbers of tokens, and a gather per layer and token would be slow
-    even if they did not. Costs the memory of the whole model while it lasts. Every process must enter. Inert where
-    nothing is sharded.
+    even if they did not. Costs the memory of the whole model. Every process must enter.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not units:

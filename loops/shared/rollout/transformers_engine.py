@@ -31,7 +31,7 @@ from loops.shared.rollout.sampling import (
     noise_keys,
     uniform_noise,
 )
-from loops.shared.sharding import gathered
+from loops.shared.sharding import unsharded
 
 # Columns of keys and values, and of noise, made ahead of need.
 _ROOM = 128
@@ -124,7 +124,7 @@ class TransformersEngine:
         limit = "positions that the model has learned: lower max_completion_length or max_seq_length"
         keywords = {"tokenizer": self._tokenizer, "vocabulary": self._vocabulary, "context": (self._positions, limit)}
         check_call(prompts, n, sampling, prompt_numbers, **keywords)
-        with gathered(self._model):  # all processes, those without prompts too
+        with unsharded(self._model):  # all processes, those without prompts too
             return self._sample(prompts, n, sampling, seed, prompt_numbers) if prompts else []
 
     def _sample(

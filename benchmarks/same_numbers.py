@@ -79,6 +79,8 @@ def run(
         "8",
     ]
     command += ["--max_completion_length", "12", "--log_completions_steps", "0"]
+    if "--load_in_4bit" in options:  # which quantises weights that are read
+        command += ["--model_id", "data/quickstart/model", "--from_scratch", "false"]
     alone = {"PYTHONPATH": str(house), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=house, env=os.environ | alone, capture_output=True, text=True)
     if done.returncode:

@@ -71,35 +71,10 @@ class RewardResult:
     a failure is never a reward of zero."""
     by_name: dict[str, list[float | None]]
     """Each function's own values, unweighted; None where it does not apply or failed."""
-    failed: dict[str, int]
+    failed: dict[str, list[int]]
     """Rows for which each function raised or returned what is no finite number."""
     failure: str | None
     """The first failure's traceback (or sentence), None where nothing failed."""
-
-    def metrics(self) -> dict[str, float]:
-        """Sums to be added over batches and ranks; `reward_statistics` forms means and spreads from them.
-
-        For each function `reward/<name>/sum`, `/square_sum`, `/count`, `/missing` (not applicable or failed) and
-        `/failed`; for the weighted total the same under `reward/`.
-        """
-        sums: dict[str, float] = {}
-        totals = [None if math.isnan(value) else value for value in self.total]
-        for path, values in [("reward", totals), *((f"reward/{name}", v) for name, v in self.by_name.items())]:
-            present = [value for value in values if value is not None]
-            sums[f"{path}/sum"] = math.fsum(present)
-            sums[f"{path}/square_sum"] = math.fsum(value * value for value in present)
-            sums[f"{path}/count"] = float(len(present))
-            sums[f"{path}/missing"] = float(len(values) - len(present))
-        for name, count in self.failed.items():
-            sums[f"reward/{name}/failed"] = float(count)
-        return sums
-
-    def raise_if_all_missing(self, steps: int = 1) -> None:
-        """End the run where no row has a reward: the first failure's traceback, in a RuntimeError."""
-        if all(math.isnan(value) for value in self.total):
-            reason = self.failure or f"no reward function applies to any row ({', '.join(self.by_name)} returned None)"
-            since = f" in each of the last {steps} steps" if steps > 1 else ""
-            raise RuntimeError(f"all {len(self.total)} rewards are missing{since}; the first failure was:\n{reason}")
 
 
 class MissingRewards:
@@ -110,41 +85,17 @@ class MissingRewards:
         self._steps = 0
         self._rewarded = False
 
-    def check(self, result: RewardResult, *, any_reward: bool) -> None:
-        """Call once per step. any_reward: whether any completion of any process has a reward."""
+    def check(self, rewards: Sequence[float], failure: str | None) -> None:
+        """Call once per step, with the rewards of all processes (NaN: missing) and the first failure among them."""
+        any_reward = not all(math.isnan(reward) for reward in rewards)
         self._steps = 0 if any_reward else self._steps + 1
         self._rewarded |= any_reward
         if self._steps == MISSING_STEPS or (self._steps and not self._rewarded):
-            result.raise_if_all_missing(self._steps)
-        if result.failure:
-            warnings.warn(f"a reward failed; its rows count as missing:\n{result.failure}", stacklevel=1)
-
-
-def join_results(results: Sequence[RewardResult]) -> RewardResult:
-    """Results of consecutive rows, by the same functions, as one; at least one result."""
-    return RewardResult(
-        total=[value for result in results for value in result.total],
-        by_name={name: [value for result in results for value in result.by_name[name]] for name in results[0].by_name},
-        failed={name: sum(result.failed[name] for result in results) for name in results[0].failed},
-        failure=next((result.failure for result in results if result.failure), None),
-    )
-
-
-def reward_statistics(sums: dict[str, float]) -> dict[str, float]:
-    """`.../mean`, `.../std` (population), `.../missing` and `.../failed` from added-up `RewardResult.metrics()`.
-
-    A path without a single value has no mean and no std.
-    """
-    statistics = {}
-    for key, value in sums.items():
-        path, _, kind = key.rpartition("/")
-        if kind in ("missing", "failed"):
-            statistics[key] = value
-        elif kind == "count" and value > 0:
-            mean = sums[f"{path}/sum"] / value
-            statistics[f"{path}/mean"] = mean
-            statistics[f"{path}/std"] = math.sqrt(max(sums[f"{path}/square_sum"] / value - mean * mean, 0.0))
-    return statistics
+            since = f" in each of the last {self._steps} steps" if self._steps > 1 else ""
+            reason = f"the first failure was:\n{failure}" if failure else "no reward function applies to any row"
+            raise RuntimeError(f"all {len(rewards)} rewards are missing{since}; {reason}")
+        if failure:
+            warnings.warn(f"a reward failed; its rows count as missing:\n{failure}", stacklevel=1)
 
 
 @dataclass(frozen=True)
@@ -219,7 +170,7 @@ def compute_rewards(
     total = [math.nan] * size
     broken = [False] * size
     by_name: dict[str, list[float | None]] = {}
-    failed: dict[str, int] = {}
+    failed: dict[str, list[int]] = {}
     failure: str | None = None
     for (name, function), weight in zip(functions.items(), weights, strict=True):
         values: list[float | None] = [None] * size
@@ -250,7 +201,7 @@ def compute_rewards(
             if value is not None:
                 total[row] = weight * value + (0.0 if math.isnan(total[row]) else total[row])
         by_name[name] = values
-        failed[name] = len(failed_rows)
+        failed[name] = failed_rows
     total = [math.nan if row_broken else value for row_broken, value in zip(broken, total, strict=True)]
     return RewardResult(total, by_name, failed, failure)
 

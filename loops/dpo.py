@@ -27,15 +27,13 @@ from data import batches, pack
 from data.chat import EncodeConfig, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.rewards import RewardConfig, build_reward_fn
-from loops.shared import models, optim
+from loops.shared import models, optim, rollout
+from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
-from loops.shared.rollout import RolloutConfig, build_engine
-from loops.shared.rollout.evaluate import greedy_evaluation
-from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
-from losses.dpo import dpo_loss
-
-PER_PAIR = ("loss/", "reward/", "policy/chosen", "policy/rejected")  # sums to divide by the pairs
+from loops.shared.rollout import RolloutConfig
+from loops.shared.run import RunConfig, one_sentence_errors, start_run
+from losses.dpo import check_options, dpo_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +62,12 @@ class Config:
 
     def __post_init__(self) -> None:
         self.batch.refuse_bins()
-        one = torch.ones(1)
-        self.loss(*torch.zeros(4, 1), lengths=(one, one))  # refuses what it does not know
-
-    def loss(self, *logps, lengths):
-        """`losses.dpo.dpo_loss` with this config's settings; logps: [P] of the policy, chosen and
-        rejected, and of the reference; lengths: [P] of chosen and rejected, in tokens."""
-        settings = {name: getattr(self, name) for name in ("beta", "loss_type", "label_smoothing")}
-        return dpo_loss(*logps, **settings, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+        check_options(self.beta, self.loss_type, self.label_smoothing)
 
 
-def build_microbatches(rows, pairs, frozen, config, accelerator):
+def build_microbatches(rows, pairs, table, config, accelerator):
     """Packed micro-batches of this process's share of the rows (numbers of pairs); as many on every
-    process. Each is (batch, reference's log-probabilities [B] out of `frozen` [pairs, 2], or None).
+    process. Each is (batch, reference's log-probabilities [B] out of `table` [pairs, 2], or None).
     """
     cuts = batches.cut_step(
         [pairs[row].num_tokens for row in rows],
@@ -89,7 +80,7 @@ def build_microbatches(rows, pairs, frozen, config, accelerator):
     for cut in cuts:
         chosen = [rows[place] for place in cut]
         batch = pack.pack_pairs([pairs[row] for row in chosen]).to(accelerator.device)
-        microbatches.append((batch, None if frozen is None else frozen[chosen].flatten()))
+        microbatches.append((batch, None if table is None else table[chosen].flatten()))
     return microbatches
 
 
@@ -144,82 +135,30 @@ def precompute(reference, pairs, file, config, accelerator, packing):
     return stored
 
 
-def score_batch(policy, reference, batch, frozen, config, accelerator, packing):
-    """Loss and sums of metrics of one micro-batch, for training and evaluation alike."""
-    if frozen is None:
-        frozen = reference_logps(reference, batch, accelerator, packing)
-    scores = score(policy, batch, packing=packing)
-    logps, lengths = scores.logprobs.sum(dim=1), batch.mask.sum(dim=1)  # [B], [B]
-    frozen = frozen.to(logps)
-    both = (logps[0::2], logps[1::2], frozen[0::2], frozen[1::2])  # [P] each
-    loss, terms = config.loss(*both, lengths=(lengths[0::2], lengths[1::2]))
-    terms["loss/dpo"] = loss.detach()
-    terms["policy/entropy"] = scores.entropy.detach().sum()
-    terms["pairs"] = len(logps) // 2
-    terms["tokens/computed"] = batch.num_tokens
-    terms["tokens/loss"] = len(batch.rows)  # what both completions begin with counts in both
-    return loss, terms
-
-
-def train_step(
-    policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator,
-    packing, guard,
-):  # fmt: skip
-    """One optimizer step; returns sums of metrics over this process's pairs.
-
-    denominator: pairs of the whole step, over all processes.
-    """
-    sums = {}
-    for batch, frozen in microbatches:
-        loss, terms = score_batch(policy, reference, batch, frozen, config, accelerator, packing)
-        # DDP and FSDP average over processes
-        accelerator.backward(loss * accelerator.num_processes / denominator)
-        guard.seen(loss, batch.numbers)
-        add_sums(sums, terms)
-    sums["optim/grad_norm"] = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
-    sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
-    if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
-        before = optim.sample_weights(optimizer)
-        optimizer.step()
-        sums["optim/unchanged"] = (optim.sample_weights(optimizer) == before).double().mean()
-    scheduler.step()
-    optimizer.zero_grad()
-    return sums
-
-
-def step_metrics(total):
-    """The step's metrics from its global sums: means over pairs, the entropy over target tokens."""
-    kept, pairs = ("time/", "optim/", "tokens/"), max(total["pairs"], 1)
-    metrics = {name: value for name, value in total.items() if name.startswith(kept)}
-    metrics |= {name: value / pairs for name, value in total.items() if name.startswith(PER_PAIR)}
-    metrics["policy/entropy"] = total["policy/entropy"] / max(total["tokens/loss"], 1)
-    return metrics
-
-
 @torch.no_grad()
-def evaluate(
-    policy, reference, frozen, engine, pairs, prompts, eval_rewards, config, accelerator, packing
-):  # fmt: skip
-    """Loss and reward accuracy on the evaluation pairs; with a reward, accuracy of completions."""
-    began = time.perf_counter()
+def evaluation_metrics(policy, reference, microbatches, config, accelerator, packing):
+    """Loss, and accuracy and margin of the rewards, on evaluation pairs."""
     policy.eval()
-    sums = {}
-    for batch, logps in build_microbatches(range(len(pairs)), pairs, frozen, config, accelerator):
-        scored = score_batch(policy, reference, batch, logps, config, accelerator, packing)
-        add_sums(sums, scored[1])
+    metrics = Metrics()
+    for batch, ref_logps in microbatches:
+        if ref_logps is None:
+            ref_logps = reference_logps(reference, batch, accelerator, packing)
+        logps = score(policy, batch, packing=packing).logprobs.sum(dim=1)  # [B]
+        lengths = batch.mask.sum(dim=1)
+        loss, terms = dpo_loss(
+            logps[0::2], logps[1::2], *ref_logps.to(logps).view(-1, 2).unbind(1), beta=config.beta,
+            loss_type=config.loss_type, label_smoothing=config.label_smoothing,
+            chosen_lengths=lengths[0::2], rejected_lengths=lengths[1::2],
+        )  # fmt: skip
+        metrics.mean("eval/loss", loss, len(logps) // 2)
+        metrics.mean("eval/reward_accuracy", terms["reward/accuracy"], len(logps) // 2)
+        metrics.mean("eval/reward_margin", terms["reward/margin"], len(logps) // 2)
     policy.train()
-    total = reduce_sums(accelerator, sums)
-    settings = {"sampling": config.rollout, "accelerator": accelerator}
-    metrics = greedy_evaluation(engine, prompts, eval_rewards, policy=policy, **settings)
-    number = max(total["pairs"], 1)
-    metrics["eval/loss"] = total["loss/dpo"] / number
-    metrics["eval/reward_accuracy"] = total["reward/accuracy"] / number  # pairs with a margin > 0
-    metrics["eval/reward_margin"] = total["reward/margin"] / number
-    return metrics | {"time/eval": time.perf_counter() - began}
+    return metrics.reduce(accelerator)
 
 
 def main(config: Config) -> None:
-    """Build everything, train, export."""
+    """Build everything; per step: batches, update, record; at the end export."""
     tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     eval_rows, encoding = eval_rows or [], (tokenizer, config.encode)
@@ -259,40 +198,85 @@ def main(config: Config) -> None:
     engine = None
     if eval_rewards:
         serving = {"autocast": accelerator.autocast, "api_key": run.server_key}
-        engine = build_engine(config.rollout, policy, tokenizer, **serving)
+        engine = rollout.build_engine(config.rollout, policy, tokenizer, **serving)
         run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer, reference)
     run.create_folder(total_steps, rows=pairs, rows_per_step=rows_per_step)
-    frozen = eval_frozen = None
+    table = eval_table = None
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
         began = time.perf_counter()
         files = [run.folder / f"reference_{name}.pt" for name in ("train", "eval")]
-        frozen = precompute(reference, pairs, files[0], config, accelerator, packing)
-        eval_frozen = precompute(reference, eval_pairs, files[1], config, accelerator, packing)
+        table = precompute(reference, pairs, files[0], config, accelerator, packing)
+        eval_table = precompute(reference, eval_pairs, files[1], config, accelerator, packing)
         run.pending["time/reference"] = time.perf_counter() - began
         reference = None  # a copy's memory is free again
     start = run.resume(policy, optimizer, scheduler)
-    evaluation = (reference, eval_frozen, engine, eval_pairs, eval_prompts, eval_rewards)
-    evaluation += (config, accelerator, packing)
+
+    def evaluate() -> dict[str, float]:
+        began, everything = time.perf_counter(), range(len(eval_pairs))
+        metrics = rollout.greedy_evaluation(
+            engine, eval_prompts, eval_rewards, sampling=config.rollout, accelerator=accelerator,
+            policy=policy,
+        )  # fmt: skip
+        microbatches = build_microbatches(everything, eval_pairs, eval_table, config, accelerator)
+        given = (reference, microbatches, config, accelerator, packing)
+        metrics |= evaluation_metrics(policy, *given)
+        return metrics | {"time/eval": time.perf_counter() - began}
+
     if start == 0 and eval_pairs:
-        run.log(evaluate(policy, *evaluation), 0)
+        run.log(evaluate(), 0)
 
     for step in range(start, total_steps):
-        began = time.perf_counter()
-        run.set_phase(step, "the update")
-        rows = batches.rows_of_step(step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed)
-        microbatches = build_microbatches(rows, pairs, frozen, config, accelerator)
-        sums = train_step(
-            policy, reference, optimizer, scheduler, microbatches, len(rows), config, accelerator,
-            packing, run.guard,
-        )  # fmt: skip
-        sums["time/step"] = time.perf_counter() - began
-        metrics = step_metrics(run.reduce(sums))
+        began, metrics = time.perf_counter(), Metrics()
+        rows = batches.rows_of_step(
+            step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed
+        )
+        microbatches = build_microbatches(rows, pairs, table, config, accelerator)
 
-        done = step + 1
+        # update; the denominator is the number of pairs of the step, over all processes
+        run.set_phase(step, "the update")
+        for mb in microbatches:
+            batch, ref_logps = mb
+            # until the last backward gradients only add up; then DDP exchanges them
+            with optim.accumulate(accelerator, policy, last=mb is microbatches[-1]):
+                if ref_logps is None:
+                    ref_logps = reference_logps(reference, batch, accelerator, packing)
+                scores = score(policy, batch, packing=packing)  # log-probabilities, entropy: [B, T]
+                logps, lengths = scores.logprobs.sum(dim=1), batch.mask.sum(dim=1)  # [B], [B]
+                ref_logps = ref_logps.to(logps)  # [B]
+                loss, terms = dpo_loss(  # eq. 7 of the paper; a sum over pairs
+                    logps[0::2],  # [P] of the policy, chosen
+                    logps[1::2],  # [P] rejected
+                    ref_logps[0::2],
+                    ref_logps[1::2],
+                    beta=config.beta,
+                    loss_type=config.loss_type,
+                    label_smoothing=config.label_smoothing,
+                    chosen_lengths=lengths[0::2],
+                    rejected_lengths=lengths[1::2],
+                )
+                # DDP and FSDP average gradients over processes
+                accelerator.backward(loss * accelerator.num_processes / len(rows))
+            run.guard.seen(loss, batch.numbers)
+            metrics.means(terms, len(logps) // 2)
+            metrics.mean("loss/dpo", loss.detach(), len(logps) // 2)
+            metrics.mean("policy/entropy", scores.entropy.detach().sum(), len(batch.rows))
+            metrics.sum("tokens/loss", len(batch.rows))  # a shared beginning counts in both
+            metrics.sum("tokens/computed", batch.num_tokens)
+        grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+        if run.guard.may_step(step + 1, grad_norm):  # NaN or inf: the run ends, or skips the update
+            metrics.set("optim/unchanged", optim.take_step(optimizer))
+        metrics.set("optim/grad_norm", grad_norm)  # before clipping
+        metrics.set("optim/learning_rate", scheduler.get_last_lr()[0])
+        scheduler.step()
+        optimizer.zero_grad()
+
+        # record
+        metrics.set("time/step", time.perf_counter() - began)
+        done, numbers = step + 1, run.reduce(metrics)
         if eval_pairs and run.eval_due(done):
-            metrics |= evaluate(policy, *evaluation)
-        run.log(metrics, done)
+            numbers |= evaluate()
+        run.log(numbers, done)
         if run.save_due(done):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
     run.export(policy, tokenizer, config.model)

@@ -15,34 +15,23 @@ Legend: P prompts, G generations, T tokens, B completions (rows p*G..p*G+G-1 ans
 """
 
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import torch
 from accelerate.utils import gather_object
 
 from configs.loader import dump_config, load_config
-from data import batches, pack
-from data.chat import EncodeConfig, encode_prompt, encode_rows
+from data import batches, chat, pack
 from data.load import DataConfig, load_rows
-from data.rewards import (
-    MissingRewards,
-    RewardConfig,
-    build_reward_fn,
-    join_results,
-    reward_statistics,
-)
-from loops.shared import models, optim
+from data.rewards import MissingRewards, RewardConfig, build_reward_fn
+from loops.shared import models, optim, rollout
+from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
-from loops.shared.rollout import RolloutConfig, build_engine
-from loops.shared.rollout.ahead import Ahead, rollout_statistics, rollout_sums, sample_and_judge
-from loops.shared.rollout.evaluate import reward_evaluation
-from loops.shared.rollout.mismatch import check_sampler
-from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
-from losses.grpo import group_advantages, grpo_loss, loss_denominator
-
-PER_TOKEN = "entropy mismatch_kl approx_kl kl clip_low clip_high sampler_weight sampler_capped"
+from loops.shared.rollout import RolloutConfig
+from loops.shared.run import RunConfig, one_sentence_errors, start_run
+from losses.grpo import check_options, group_advantages, grpo_loss, loss_denominator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +40,7 @@ class Config:
 
     model: models.ModelConfig = field(default_factory=models.ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    encode: chat.EncodeConfig = field(default_factory=chat.EncodeConfig)
     batch: batches.BatchConfig = field(default_factory=batches.BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -105,22 +94,11 @@ class Config:
         scale = str(self.scale_rewards).lower()
         scale = {"true": "group", "false": "none"}.get(scale, scale)  # as TRL had it
         object.__setattr__(self, "scale_rewards", scale)
-        group_advantages(torch.zeros(2), 2, scale=scale)  # these refuse what they do not know
-        zero = torch.zeros(1, 1)
-        self.loss(zero, zero, torch.zeros(1), torch.ones(1, 1), ref_logprobs=zero, sampled=zero)
-
-    def loss(self, logprobs, old_logprobs, advantages, mask, *, ref_logprobs, sampled):
-        """`losses.grpo.grpo_loss` with this config's settings; advantages are [B], all else [B, T].
-
-        sampled: the sampler's log-probabilities, None where the policy itself sampled.
-        """
-        names = "loss_type importance_sampling_level epsilon epsilon_high beta kl_estimator delta"
-        settings = {name: getattr(self, name) for name in names.split()}
-        settings["ref_logprobs"] = ref_logprobs
-        if self.importance_sampling_cap and sampled is not None:
-            settings["sampler_logprobs"] = sampled
-            settings["importance_sampling_cap"] = self.importance_sampling_cap
-        return grpo_loss(logprobs, old_logprobs, advantages, mask, **settings)
+        group_advantages(torch.zeros(2), 2, scale=scale)  # refuses what it does not know
+        check_options(
+            self.loss_type, self.importance_sampling_level, self.kl_estimator, self.epsilon,
+            self.epsilon_high, self.beta, self.delta,
+        )  # fmt: skip
 
     def prompts(self, num_processes: int) -> int:
         """Prompts of one step over all processes; completions are rounded up to whole groups."""
@@ -128,141 +106,57 @@ class Config:
         return self.prompts_per_step or -(-rows // generations)
 
 
-def sample_batch(step, groups, prompts, engine, reward_fn, config, accelerator):
-    """Sample and reward this process's share of a step; it exchanges nothing with other processes,
-    so it may run while another step trains. groups: completions sampled before a resume."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    size, seed = config.prompts(processes), config.run.seed
-    judges = groups is not None or not config.rollout.async_level  # not in the thread: see `Ahead`
-    rows = batches.rows_of_step(step, num_rows=len(prompts), rows_per_step=size, seed=seed)
-    lengths = [len(prompts[row].prompt_ids) for row in rows]
-    places = batches.share_of_rank(lengths, rank=rank, num_processes=processes)
-    return sample_and_judge(
-        engine,
-        [prompts[rows[place]] for place in places],
-        reward_fn if judges else None,
-        n=config.rollout.num_generations,
-        sampling=config.rollout,
-        seed=seed + 1_000_003 * step,
-        prompt_numbers=places,  # noise belongs to the place in the step, whichever process samples
-        groups=groups,
-    )
+def in_loss(one, config):
+    """Whether a rollout's tokens are trained on (its reward counts in its group's mean anyhow)."""
+    return not (config.mask_truncated_completions and one.completion.finish_reason == "length")
 
 
-def compare_rewards(share, config, accelerator, guard):
-    """(completions [B], their rewards, advantages [B], sums) of this process, from all rewards."""
-    completions = [completion for group in share.groups for completion in group]  # B
-    result = join_results(share.verdicts)
-    totals = gather_object([result.total])  # one list a process
-    everywhere = torch.tensor(sum(totals, []), dtype=torch.float64)
-    guard.check(result, any_reward=not everywhere.isnan().all())
-    G = config.rollout.num_generations
-    advantages = group_advantages(everywhere, G, scale=config.scale_rewards).float()
-    advantages = advantages.split([len(total) for total in totals])[accelerator.process_index]
-    sums = result.metrics() | rollout_sums(share, result.total)
-    sums["tokens/loss"] = sum(len(c.token_ids) for c in completions if in_loss(c, config))
-    sums["time/rollout"], sums["time/reward"] = share.seconds
-    return completions, result, advantages, sums
+def build_microbatches(rollouts, advantages, config, accelerator):
+    """Packed micro-batches of this process's rollouts; as many on every process.
 
-
-def in_loss(completion, config):
-    """Whether a completion's tokens are trained on."""
-    return not (config.mask_truncated_completions and completion.finish_reason == "length")
-
-
-def build_microbatches(prompts, completions, advantages, config, accelerator):
-    """Packed micro-batches (batch, advantages [B], sampler's log-probabilities [B, T]); as many on
-    every process. What has no gradient is not computed: completions outside the loss and, where
-    beta is 0, those without an advantage."""
-    asked = [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]  # B
-    kept = [b for b, completion in enumerate(completions) if in_loss(completion, config)]
+    What has no gradient is not computed: completions outside the loss and, where beta is 0, those
+    without an advantage. advantages: [B].
+    """
+    kept = [b for b, one in enumerate(rollouts) if in_loss(one, config)]
     kept = [b for b in kept if advantages[b] != 0 or config.beta != 0]
     cuts = batches.cut_microbatches(
-        [len(completions[b].token_ids) for b in kept],
-        prompts=[asked[b].prompt_ids for b in kept],
+        [len(rollouts[b].completion.token_ids) for b in kept],
+        prompts=[rollouts[b].prompt.prompt_ids for b in kept],
         max_rows=config.batch.per_device_train_batch_size,
         max_tokens=config.batch.max_tokens_per_batch,
     )
+    # every process runs as many forwards, the empty batch in place of those that it lacks
+    counts = accelerator.gather(torch.tensor([max(1, len(cuts))], device=accelerator.device))
     microbatches = []
-    for number in range(max(1, *gather_object([len(cuts)]))):  # every process runs a forward
+    for number in range(int(counts.max())):
         rows = [kept[i] for i in cuts[number]] if number < len(cuts) else []
-        answers = [completions[b] for b in rows]
+        own = [rollouts[b] for b in rows]
         batch = pack.pack_completions(
-            [asked[b].prompt_ids for b in rows],
-            [c.token_ids for c in answers],
-            numbers=[asked[b].number for b in rows],
+            [one.prompt.prompt_ids for one in own],  # a group's one object is computed once
+            [one.completion.token_ids for one in own],
+            is_target=[one.sampled for one in own],
+            numbers=[one.prompt.number for one in own],
         ).to(accelerator.device)
-        sampled = batch.to_padded([c.logprobs for c in answers])
-        microbatches.append((batch, advantages[rows].to(accelerator.device), sampled))
+        sampler_logprobs = batch.to_padded([one.completion.logprobs for one in own])  # [B, T]
+        own_advantages = advantages[rows].to(accelerator.device)  # [B]
+        microbatches.append(rollout.Microbatch(batch, own_advantages, sampler_logprobs))
     return microbatches
 
 
-def train_step(
-    policy, reference, optimizer, scheduler, microbatches, denominator, config, accelerator,
-    packing, guard, *, off_policy=False,
-):  # fmt: skip
-    """`num_iterations` updates on one set of rollouts, all at the step's learning rate: (sums of
-    metrics, log-probabilities [B, T] before). off_policy: the engine's own word."""
-    sums, old, frozen = {}, {}, {}
-    settings = {"temperature": config.rollout.temperature, "packing": packing}
-    for iteration in range(config.num_iterations):
-        for number, (batch, advantages, sampled) in enumerate(microbatches):
-            if reference is not None and number not in frozen:
-                with accelerator.autocast(), reference.active() as model:
-                    frozen[number] = score(model, batch, **settings).logprobs
-            scores = score(policy, batch, **settings)
-            if iteration == 0:  # no update since sampling: this pass scores the policy that sampled
-                old[number] = scores.logprobs.detach()
-            more = {"ref_logprobs": frozen.get(number), "sampled": sampled if off_policy else None}
-            loss, terms = config.loss(scores.logprobs, old[number], advantages, batch.mask, **more)
-            # DDP and FSDP average over processes
-            accelerator.backward(loss * accelerator.num_processes / denominator)
-            guard.seen(loss, batch.numbers)
-            gap = (old[number] - sampled)[batch.mask]
-            terms["loss/policy"] = loss.detach() / denominator / config.num_iterations
-            terms["policy/entropy"] = scores.entropy.detach().sum()
-            terms["policy/mismatch_kl"] = (gap.expm1() - gap).sum()
-            terms["policy/mismatch_max"] = gap.abs().max() if len(gap) else 0.0
-            terms["tokens/scored"] = len(gap)
-            terms["tokens/computed"] = batch.num_tokens
-            add_sums(sums, terms)
-        max_norm = config.optim.max_grad_norm
-        sums["optim/grad_norm"] = optim.clip_gradients(accelerator, policy, max_norm)
-        sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
-        if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
-            before = optim.sample_weights(optimizer)
-            optimizer.step()
-            sums["optim/unchanged"] = (optim.sample_weights(optimizer) == before).double().mean()
-        optimizer.zero_grad()
-    scheduler.step()  # once per step: warmup_steps and max_steps count the same thing
-    return sums, old
-
-
-def step_metrics(total):
-    """The step's metrics from its global sums: means over scored tokens, groups or completions."""
-    kept = ("loss/", "time/", "optim/", "tokens/")
-    kept += ("policy/",) if total["tokens/scored"] else ()  # no value is better than a wrong 0
-    metrics = {name: value for name, value in total.items() if name.startswith(kept)}
-    per_token = [f"policy/{name}" for name in PER_TOKEN.split() if f"policy/{name}" in metrics]
-    metrics |= {name: total[name] / total["tokens/scored"] for name in per_token}
-    metrics |= reward_statistics(total) | rollout_statistics(total)
-    metrics["tokens/per_second"] = total["tokens/completions"] / total["time/step"]
-    return metrics
-
-
 def main(config: Config) -> None:
-    """Build everything, train, export."""
+    """Build everything; per step: rollouts, rewards, update, record; at the end export."""
     tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     reward_fn = build_reward_fn(config.reward, rows)
-    eval_rows, encoding = eval_rows or [], (encode_prompt, tokenizer, config.encode)
+    eval_rows = eval_rows or []
     key = "reward_functions on the evaluation rows"
     eval_rewards = {"reward": build_reward_fn(config.reward, eval_rows, key=key)}
     if config.eval_reward:
         named = RewardConfig(reward_functions=config.eval_reward)
         eval_rewards["accuracy"] = build_reward_fn(named, eval_rows, key="eval_reward")
-    prompts, *reports = encode_rows(rows, *encoding, what="training prompts")
-    eval_prompts, *more = encode_rows(eval_rows, *encoding, what="evaluation prompts")
+    encoding = (chat.encode_prompt, tokenizer, config.encode)
+    prompts, *reports = chat.encode_rows(rows, *encoding, what="training prompts")
+    eval_prompts, *more = chat.encode_rows(eval_rows, *encoding, what="evaluation prompts")
 
     run = start_run(
         config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config),
@@ -285,63 +179,141 @@ def main(config: Config) -> None:
     optimizer = optim.build_optimizer(policy, config.optim, seed=seed, sharded=run.sharded)
     scheduler = optim.build_schedule(optimizer, config.optim, total_steps)
     serving = {"autocast": accelerator.autocast, "api_key": run.server_key}
-    engine = build_engine(config.rollout, policy, tokenizer, **serving)
+    engine = rollout.build_engine(config.rollout, policy, tokenizer, **serving)
     run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer, reference)
     run.create_folder(total_steps, rows=prompts, rows_per_step=rows_per_step)
     start = run.resume(policy, optimizer, scheduler)
     engine.sync(policy)
-    settings = {"sampling": config.rollout, "accelerator": accelerator}
-    if start == 0 and eval_prompts:
-        run.log(reward_evaluation(engine, eval_prompts, eval_rewards, **settings), 0)
+    G, depth = config.rollout.num_generations, config.rollout.async_level
+    temperature, cap = config.rollout.temperature, config.importance_sampling_cap
+    off_policy = engine.is_off_policy and cap > 0  # the engine's word: other kernels or older weights
 
-    given = {"config": config, "accelerator": accelerator}
-    sample = partial(sample_batch, prompts=prompts, engine=engine, reward_fn=reward_fn, **given)
-    level, guard = config.rollout.async_level, MissingRewards()
-    ahead = Ahead(sample, engine, level=level, last=total_steps - 1, record=run.extra())
-    try:
+    def prompts_of(step: int) -> tuple[list[int], list[chat.Prompt]]:
+        """This process's prompts of a step: their places in it, and the prompts."""
+        chosen = batches.rows_of_step(
+            step, num_rows=len(prompts), rows_per_step=rows_per_step, seed=seed
+        )
+        places = batches.share_of_rank(
+            [len(prompts[row].prompt_ids) for row in chosen],
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        return places, [prompts[chosen[place]] for place in places]
+
+    def sample(step: int) -> list[rollout.Rollout]:
+        """This process's rollouts of a step; no exchange with others, so it may run in a thread."""
+        places, asked = prompts_of(step)
+        early = None if depth else reward_fn  # rewards run in the main thread
+        return rollout.sample_rollouts(
+            engine, asked, early, n=G, sampling=config.rollout, seed=seed + 1_000_003 * step,
+            prompt_numbers=places,  # noise belongs to the place in the step, not to the process
+        )  # fmt: skip
+
+    def evaluate() -> dict[str, float]:
+        return rollout.reward_evaluation(
+            engine, eval_prompts, eval_rewards, sampling=config.rollout, accelerator=accelerator
+        )
+
+    if start == 0 and eval_prompts:
+        run.log(evaluate(), 0)
+    ready = rollout.load_rollouts(run.extra(), lambda step: prompts_of(step)[1], engine)
+    coming = rollout.prefetch(sample, range(start, total_steps), engine, depth=depth, ready=ready)
+    missing = MissingRewards()
+    with closing(
+        engine
+    ):  # at an error too: it ends the rollout under way, which would be waited for
         for step in range(start, total_steps):
-            began = time.perf_counter()
+            began, metrics = time.perf_counter(), Metrics()
             run.set_phase(step, "the rollout")
-            share = ahead.take(step)
+            rollouts = next(coming)  # B of this process, group by group
             engine.sleep()
+
+            # rewards; exchanged, so that scale_rewards: batch means the batch of all processes
             run.set_phase(step, "the rewards")
-            judged = compare_rewards(share, config, accelerator, guard)
-            asked, (completions, result, advantages, sums) = share.prompts, judged
-            microbatches = build_microbatches(asked, completions, advantages, config, accelerator)
-            counts = reduce_sums(accelerator, sums)
+            rewarding = time.perf_counter()
+            rollout.compute_rewards(rollouts, reward_fn)
+            metrics.set("time/reward", time.perf_counter() - rewarding)
+            rollout.add_rollout_metrics(metrics, rollouts, G)
+            num_tokens = sum(sum(one.sampled) for one in rollouts if in_loss(one, config))
+            metrics.sum("tokens/loss", num_tokens)
+            failure = next((one.failure for one in rollouts if one.failure), None)
+            own = ([one.reward for one in rollouts], num_tokens, failure)
+            totals, counts, failures = zip(*gather_object([own]), strict=True)  # one per process
+            rewards = torch.tensor(sum(totals, []), dtype=torch.float64)  # [B of the step]
+            missing.check(rewards.tolist(), next(filter(None, failures), None))
+
+            # advantages: (reward - mean of its group) / (standard deviation of its group + 1e-4)
+            advantages = group_advantages(rewards, G, scale=config.scale_rewards).float()
+            advantages = advantages.split([len(total) for total in totals])
+            microbatches = build_microbatches(
+                rollouts, advantages[accelerator.process_index], config, accelerator
+            )
+            # one denominator for all micro-batches of all processes, before the first backward
             denominator = loss_denominator(
                 config.loss_type,
-                num_tokens=counts["tokens/loss"],
-                num_sequences=counts["rollout/completions"],
+                num_tokens=sum(counts),
+                num_sequences=len(rewards),
                 max_completion_length=config.rollout.max_completion_length,
             )
+
+            # update
             run.set_phase(step, "the update")
             updating = time.perf_counter()
-            sums, old = train_step(
-                policy, reference, optimizer, scheduler, microbatches, denominator, config,
-                accelerator, packing, run.guard, off_policy=engine.is_off_policy,
-            )  # fmt: skip
-            sums["time/update"] = time.perf_counter() - updating
-            sums["time/sync"] = engine.sync(policy).seconds
-            sums["time/step"] = time.perf_counter() - began
-            metrics = step_metrics(counts | run.reduce(sums))
+            for _ in range(config.num_iterations):
+                for mb in microbatches:
+                    # until the last backward gradients only add up; then DDP exchanges them
+                    with optim.accumulate(accelerator, policy, last=mb is microbatches[-1]):
+                        if reference is not None and mb.ref_logprobs is None:
+                            with accelerator.autocast(), reference.active() as model:
+                                mb.ref_logprobs = score(
+                                    model, mb.batch, temperature=temperature, packing=packing
+                                ).logprobs
+                        scores = score(policy, mb.batch, temperature=temperature, packing=packing)
+                        logprobs, entropy = scores.logprobs, scores.entropy  # [B, T], [B, T]
+                        if mb.old_logprobs is None:  # nothing was updated since sampling
+                            mb.old_logprobs = logprobs.detach()
+                        loss, terms = grpo_loss(  # eq. 3 of the paper; a sum over tokens
+                            logprobs, mb.old_logprobs, mb.advantages, mb.batch.mask,
+                            ref_logprobs=mb.ref_logprobs, beta=config.beta,
+                            kl_estimator=config.kl_estimator, loss_type=config.loss_type,
+                            importance_sampling_level=config.importance_sampling_level,
+                            epsilon=config.epsilon, epsilon_high=config.epsilon_high,
+                            delta=config.delta, importance_sampling_cap=cap or 1.0,
+                            sampler_logprobs=mb.sampler_logprobs if off_policy else None,
+                        )  # fmt: skip
+                        # DDP and FSDP average gradients over processes
+                        accelerator.backward(loss * accelerator.num_processes / denominator)
+                    run.guard.seen(loss, mb.batch.numbers)
+                    metrics.sum("loss/policy", loss.detach() / denominator / config.num_iterations)
+                    rollout.add_update_metrics(metrics, mb, terms, entropy)
+                grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+                if run.guard.may_step(step + 1, grad_norm):  # NaN or inf: the run ends, or skips it
+                    metrics.set("optim/unchanged", optim.take_step(optimizer))
+                optimizer.zero_grad()
+            metrics.set("optim/grad_norm", grad_norm)  # before clipping
+            metrics.set("optim/learning_rate", scheduler.get_last_lr()[0])
+            scheduler.step()  # once per step: warmup_steps and max_steps count the same thing
+            metrics.set("time/update", time.perf_counter() - updating)
+            metrics.set("time/sync", engine.sync(policy).seconds)
 
-            done = step + 1
+            # record
+            metrics.set("time/step", time.perf_counter() - began)
+            done, numbers = step + 1, run.reduce(metrics)
+            numbers["tokens/per_second"] = numbers["tokens/completions"] / numbers["time/step"]
             if eval_prompts and run.eval_due(done):
-                metrics |= reward_evaluation(engine, eval_prompts, eval_rewards, **settings)
-            run.log(metrics, done)
-            run.show_completions(asked, completions, result, advantages.tolist(), done)
+                numbers |= evaluate()
+            run.log(numbers, done)
+            run.show_completions(rollouts, advantages[accelerator.process_index].tolist(), done)
             if config.rollout.check_due(step, first=step == start):  # after its numbers are logged
-                check_sampler(microbatches, old, policy, accelerator, config.rollout.max_mismatch)
+                rollout.check_sampler(
+                    microbatches, policy, accelerator, config.rollout.max_mismatch
+                )
             if run.save_due(done):
-                epoch, extra = done // epoch_steps, ahead.record()
-                run.save(policy, optimizer, scheduler, done, epoch=epoch, extra=extra)
-    except BaseException:
-        engine.close()  # ends the rollout under way, which would be waited for
-        raise
-    finally:
-        ahead.close()
+                waiting = rollout.rollouts_to_save(ready, engine)
+                run.save(
+                    policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=waiting
+                )
     run.export(policy, tokenizer, config.model)
 
 

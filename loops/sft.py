@@ -21,12 +21,12 @@ from data import batches, pack
 from data.chat import EncodeConfig, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
 from data.rewards import RewardConfig, build_reward_fn
-from loops.shared import models, optim
+from loops.shared import models, optim, rollout
+from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
-from loops.shared.rollout import RolloutConfig, build_engine
-from loops.shared.rollout.evaluate import greedy_evaluation
-from loops.shared.run import RunConfig, add_sums, one_sentence_errors, reduce_sums, start_run
+from loops.shared.rollout import RolloutConfig
+from loops.shared.run import RunConfig, one_sentence_errors, start_run
 from losses.sft import sft_loss
 
 
@@ -65,70 +65,21 @@ def build_microbatches(rows, bins, config, accelerator):
     return [pack.pack_examples(examples).to(accelerator.device) for examples in microbatches]
 
 
-def score_batch(policy, batch, config, packing):
-    """Loss and sums of metrics of one micro-batch, for training and evaluation alike."""
-    scores = score(policy, batch, packing=packing)
-    loss, terms = sft_loss(scores.logprobs, batch.mask, loss_type=config.loss_type)  # [B, T]
-    terms["loss/sft"] = loss.detach()
-    terms["policy/entropy"] = scores.entropy.detach().sum()
-    terms["tokens/computed"] = batch.num_tokens
-    terms["tokens/loss"] = len(batch.targets)
-    return loss, terms
-
-
-def train_step(
-    policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing, guard
-):  # fmt: skip
-    """One optimizer step; returns sums of metrics over this process's tokens.
-
-    denominator: target tokens of the whole step, over all processes.
-    """
-    sums = {}
-    for batch in microbatches:
-        loss, terms = score_batch(policy, batch, config, packing)
-        # DDP and FSDP average over processes
-        accelerator.backward(loss * accelerator.num_processes / denominator)
-        guard.seen(loss, batch.numbers)
-        add_sums(sums, terms)
-    sums["optim/grad_norm"] = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
-    sums["optim/learning_rate"] = scheduler.get_last_lr()[0]
-    if guard.may_step(scheduler.last_epoch + 1, sums["optim/grad_norm"]):
-        before = optim.sample_weights(optimizer)
-        optimizer.step()
-        sums["optim/unchanged"] = (optim.sample_weights(optimizer) == before).double().mean()
-    scheduler.step()
-    optimizer.zero_grad()
-    return sums
-
-
-def step_metrics(total):
-    """The step's metrics from its global sums: losses and entropy are means over target tokens."""
-    kept = ("time/", "optim/", "tokens/")
-    metrics = {name: value for name, value in total.items() if name.startswith(kept)}
-    for name in ("loss/sft", "loss/nll", "policy/entropy"):
-        metrics[name] = total[name] / max(total["tokens/loss"], 1)
-    return metrics
-
-
 @torch.no_grad()
-def evaluate(policy, engine, examples, prompts, eval_rewards, config, accelerator, packing):
-    """Loss on the evaluation rows and, where a reward is given, accuracy of greedy completions."""
-    began = time.perf_counter()
+def evaluation_loss(policy, examples, config, accelerator, packing):
+    """`eval/loss`: the loss per target token of the evaluation rows."""
     policy.eval()
-    sums = {}
-    bins = [[example] for example in examples]
+    metrics, bins = Metrics(), [[example] for example in examples]
     for batch in build_microbatches(range(len(bins)), bins, config, accelerator):
-        add_sums(sums, score_batch(policy, batch, config, packing)[1])
+        scores = score(policy, batch, packing=packing)
+        loss, _ = sft_loss(scores.logprobs, batch.mask, loss_type=config.loss_type)
+        metrics.mean("eval/loss", loss, len(batch.targets))
     policy.train()
-    total = reduce_sums(accelerator, sums)
-    settings = {"sampling": config.rollout, "accelerator": accelerator}
-    metrics = greedy_evaluation(engine, prompts, eval_rewards, policy=policy, **settings)
-    metrics["eval/loss"] = total["loss/sft"] / max(total["tokens/loss"], 1)
-    return metrics | {"time/eval": time.perf_counter() - began}
+    return metrics.reduce(accelerator)
 
 
 def main(config: Config) -> None:
-    """Build everything, train, export."""
+    """Build everything; per step: batches, update, record; at the end export."""
     tokenizer = models.build_tokenizer(config.model)
     rows, eval_rows = load_rows(config.data, seed=config.run.seed)
     eval_rows, encoding = eval_rows or [], (tokenizer, config.encode)
@@ -169,33 +120,65 @@ def main(config: Config) -> None:
     engine = None
     if eval_rewards:
         serving = {"autocast": accelerator.autocast, "api_key": run.server_key}
-        engine = build_engine(config.rollout, policy, tokenizer, **serving)
+        engine = rollout.build_engine(config.rollout, policy, tokenizer, **serving)
         run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer)
     sizes = {"packing_strategy": packed, "rows_per_step": rows_per_step}
     run.create_folder(total_steps, rows=examples, **sizes)
     start = run.resume(policy, optimizer, scheduler)
-    evaluation = (engine, eval_examples, eval_prompts, eval_rewards, config, accelerator, packing)
+
+    def evaluate() -> dict[str, float]:
+        began = time.perf_counter()
+        metrics = rollout.greedy_evaluation(
+            engine, eval_prompts, eval_rewards, sampling=config.rollout, accelerator=accelerator,
+            policy=policy,
+        )  # fmt: skip
+        metrics |= evaluation_loss(policy, eval_examples, config, accelerator, packing)
+        return metrics | {"time/eval": time.perf_counter() - began}
+
     if start == 0 and eval_examples:
-        run.log(evaluate(policy, *evaluation), 0)
+        run.log(evaluate(), 0)
 
     for step in range(start, total_steps):
-        began = time.perf_counter()
-        run.set_phase(step, "the update")
-        rows = batches.rows_of_step(step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed)
-        denominator = sum(sum(example.is_target[1:]) for row in rows for example in bins[row])
+        began, metrics = time.perf_counter(), Metrics()
+        rows = batches.rows_of_step(
+            step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed
+        )
         microbatches = build_microbatches(rows, bins, config, accelerator)
-        sums = train_step(
-            policy, optimizer, scheduler, microbatches, denominator, config, accelerator, packing,
-            run.guard,
-        )  # fmt: skip
-        sums["time/step"] = time.perf_counter() - began
-        metrics = step_metrics(run.reduce(sums))
+        # one denominator for all micro-batches of all processes, counted before the first backward:
+        # so the step cannot depend on how its rows are cut and shared out
+        num_tokens = sum(sum(example.is_target[1:]) for row in rows for example in bins[row])
 
-        done = step + 1
+        # update
+        run.set_phase(step, "the update")
+        for batch in microbatches:
+            # until the last backward gradients only add up; then DDP exchanges them
+            with optim.accumulate(accelerator, policy, last=batch is microbatches[-1]):
+                scores = score(policy, batch, packing=packing)  # log-probabilities, entropy: [B, T]
+                loss, terms = sft_loss(scores.logprobs, batch.mask, loss_type=config.loss_type)
+                # the loss is a sum over tokens; DDP and FSDP average gradients over processes
+                accelerator.backward(loss * accelerator.num_processes / num_tokens)
+            run.guard.seen(loss, batch.numbers)
+            targets = len(batch.targets)
+            metrics.means(terms, targets)
+            metrics.mean("loss/sft", loss.detach(), targets)
+            metrics.mean("policy/entropy", scores.entropy.detach().sum(), targets)
+            metrics.sum("tokens/loss", targets)
+            metrics.sum("tokens/computed", batch.num_tokens)  # with those that are no targets
+        grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+        if run.guard.may_step(step + 1, grad_norm):  # NaN or inf: the run ends, or skips the update
+            metrics.set("optim/unchanged", optim.take_step(optimizer))
+        metrics.set("optim/grad_norm", grad_norm)  # before clipping
+        metrics.set("optim/learning_rate", scheduler.get_last_lr()[0])
+        scheduler.step()
+        optimizer.zero_grad()
+
+        # record
+        metrics.set("time/step", time.perf_counter() - began)
+        done, numbers = step + 1, run.reduce(metrics)
         if eval_examples and run.eval_due(done):
-            metrics |= evaluate(policy, *evaluation)
-        run.log(metrics, done)
+            numbers |= evaluate()
+        run.log(numbers, done)
         if run.save_due(done):
             run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps)
     run.export(policy, tokenizer, config.model)

@@ -70,7 +70,7 @@ def dpo_loss(
         ValueError: unknown loss_type, a beta or label_smoothing outside its range, label_smoothing
             with a loss that has none, ipo or sigmoid_norm without lengths, or shapes that differ.
     """
-    _check_options(beta, loss_type, label_smoothing)
+    check_options(beta, loss_type, label_smoothing)
     policy_chosen = at_least_float32(policy_chosen_logps)
     policy_rejected = at_least_float32(policy_rejected_logps)
     reference_chosen = at_least_float32(reference_chosen_logps).detach()
@@ -117,7 +117,7 @@ def dpo_loss(
     return losses.sum(), metrics
 
 
-def _check_options(beta: float, loss_type: str, label_smoothing: float) -> None:
+def check_options(beta: float, loss_type: str, label_smoothing: float) -> None:
     if loss_type not in LOSS_TYPES:
         known = ", ".join(LOSS_TYPES)
         raise ValueError(f"loss_type {loss_type!r} is not a DPO loss; use one of {known}")

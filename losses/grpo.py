@@ -136,7 +136,8 @@ def grpo_loss(
         logprobs: [B, T] under the policy being trained, in nats.
         old_logprobs: [B, T] under the policy that sampled; no gradient flows into it. On policy,
             `logprobs.detach()`.
-        advantages: [B] one a sequence; no gradient flows into it.
+        advantages: [B] one per sequence, or [B, T] one per token (process rewards); no gradient
+            flows into it.
         mask: [B, T] true (or 1) on the completion's tokens, the stop token included. It is not
             modified. Outside it, the three log-probabilities may hold anything, inf and NaN
             included.
@@ -166,16 +167,18 @@ def grpo_loss(
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     names = (loss_type, importance_sampling_level, kl_estimator)
-    _check_options(*names, epsilon, epsilon_high, beta, delta)
+    check_options(*names, epsilon, epsilon_high, beta, delta)
     if beta != 0 and ref_logprobs is None:
         raise ValueError(f"beta {beta} needs ref_logprobs: pass them, or set beta to 0")
-    if advantages.shape != mask.shape[:1]:
-        shapes = f"their shape is {tuple(advantages.shape)} and the mask's {tuple(mask.shape)}"
-        raise ValueError(f"advantages must have one value a sequence, but {shapes}")
+    if advantages.shape not in (mask.shape[:1], mask.shape):
+        shapes = f"{tuple(advantages.shape)} and the mask's is {tuple(mask.shape)}"
+        raise ValueError(f"advantages must be [B] or [B, T], but their shape is {shapes}")
 
     logprobs = keep_masked(logprobs, mask)  # [B, T]
     log_ratio = logprobs - keep_masked(old_logprobs.detach(), mask)  # [B, T]
-    advantages = at_least_float32(advantages.detach()).unsqueeze(1)  # [B, 1]
+    advantages = at_least_float32(advantages.detach())
+    advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)  # or [B, 1]
+    advantages = keep_masked(advantages.expand(mask.shape), mask)  # [B, T]
     lengths = mask.bool().sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]; empty: 0 / 1
 
     if importance_sampling_level == "sequence":
@@ -275,15 +278,17 @@ def _ratio_metrics(
     }
 
 
-def _check_options(
+def check_options(
     loss_type: str,
     importance_sampling_level: str,
     kl_estimator: str,
     epsilon: float,
-    epsilon_high: float,
+    epsilon_high: float | None,
     beta: float,
     delta: float | None,
 ) -> None:
+    """Raise ValueError for options of `grpo_loss` with an unknown name or outside their range."""
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
     for name, value, known in (
         ("loss_type", loss_type, LOSS_TYPES),
         ("importance_sampling_level", importance_sampling_level, RATIO_LEVELS),

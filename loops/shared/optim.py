@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -237,8 +238,29 @@ def round_stochastically(values: Tensor, key: int, first: int = 0) -> Tensor:
     return torch.where(values.isfinite(), rounded, values).bfloat16()
 
 
+@contextmanager
+def accumulate(accelerator: Accelerator, policy: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around the forward and backward of a micro-batch: without `last`, DDP only adds gradients up and exchanges none.
+
+    FSDP exchanges in every backward all the same: to wait, each process would hold gradients of the whole model.
+    """
+    with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(policy):
+        yield
+
+
+def take_step(optimizer: Any) -> Tensor:
+    """`optimizer.step()`; returns the share of the trained weights (a sample of them) that it left as they were.
+
+    In bf16 that is the updates which rounding lost.
+    """
+
+    before = sample_weights(optimizer)
+    optimizer.step()
+    return (sample_weights(optimizer) == before).double().mean()
+
+
 def sample_weights(optimizer: Any) -> Tensor:
-    """About a thousand elements of each trained weight (of this rank's part), to see which of them a step moves."""
+    """About a thousand elements of each trained weight (of this process's part)."""
     parts = [_local(parameter).flatten() for _, parameter in _parameters(optimizer)]
     return torch.cat([part[:: max(1, part.numel() // 1024)] for part in parts])
 

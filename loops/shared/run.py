@@ -22,7 +22,7 @@ from typing import IO, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 from loops.shared.checkpoint import NotSaved, Saver, load_checkpoint
@@ -37,6 +37,7 @@ from loops.shared.identity import (
     weights_digest,
 )
 from loops.shared.launcher import start_accelerator, started_by_accelerate
+from loops.shared.metrics import Metrics
 from loops.shared.models import ModelConfig, Reference
 from loops.shared.run_folder import claim_folder, list_contents, read_json, release_claim, take_folder, writing_to
 from loops.shared.sharding import Sharding, is_sharded, prepare, read_sharding, sharding_line
@@ -209,13 +210,14 @@ class Run:
         self.phase = what
         self.watch.set_phase(step, what)
 
-    def reduce(self, sums: dict) -> dict[str, float]:
-        """`reduce_sums` of the step; afterwards all processes agree whether the run is to stop."""
-        total = reduce_sums(self.accelerator, sums | {"stop_max": float(self.stop.requested)})
-        self.stopping = total.pop("stop_max") > 0
+    def reduce(self, metrics: Metrics) -> dict[str, float]:
+        """The step's numbers over all processes; afterwards all of them agree whether the run is to stop."""
+        metrics.max("stop", float(self.stop.requested))
+        numbers = metrics.reduce(self.accelerator)
+        self.stopping = numbers.pop("stop") > 0
         if self.guard.skipped:
-            total["optim/skipped_steps"] = float(self.guard.skipped)
-        return total
+            numbers["optim/skipped_steps"] = float(self.guard.skipped)
+        return numbers
 
     def print_main(self, text: str) -> None:
         """Print on the main process."""
@@ -233,7 +235,7 @@ class Run:
     def save_due(self, step: int) -> bool:
         """Whether a checkpoint is due after step `step`; always when the run is to stop. Every process calls this."""
         if "time/eval" in self.logged:  # an evaluation may have been long, and the next step's `reduce` is far
-            self.reduce({})
+            self.reduce(Metrics())
         return self.stopping or (self.config.save_steps > 0 and self._due(step, self.config.save_steps))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -387,20 +389,20 @@ class Run:
         text = json.dumps(compared, sort_keys=True)
         return {"run": hashlib.sha256(text.encode()).hexdigest(), "step": self.total_steps}
 
-    def show_completions(self, prompts, completions, rewards, advantages: list, step: int) -> None:
-        """A few completions of the first prompt with their rewards (`data.rewards.RewardResult`), in the run folder and
-        as a table, when that is due."""
+    def show_completions(self, rollouts: Sequence, advantages: list[float], step: int) -> None:
+        """A few rollouts of the first prompt with their rewards, in the run folder and as a table, when that is due."""
         every = self.config.log_completions_steps
-        if not (prompts and every and self._due(step, every)):
+        if not (every and self._due(step, every)):
             return
         rows = []
-        for i, completion in enumerate(completions[:4]):
-            parts = {f"reward/{name}": values[i] for name, values in rewards.by_name.items()}
-            total = None if math.isnan(rewards.total[i]) else rewards.total[i]
-            row = {"prompt": prompts[0].text, "completion": completion.text, "reward": total}
-            row |= (parts if len(parts) > 1 else {}) | {"advantage": advantages[i]}
+        for rollout, advantage in zip(rollouts[:4], advantages, strict=False):
+            completion, parts = rollout.completion, {f"reward/{name}": value for name, value in rollout.rewards.items()}
+            total = None if math.isnan(rollout.reward) else rollout.reward
+            row = {"prompt": rollout.prompt.text, "completion": completion.text, "reward": total}
+            row |= (parts if len(parts) > 1 else {}) | {"advantage": advantage}
             rows.append(row | {"finish_reason": completion.finish_reason, "tokens": len(completion.token_ids)})
-        self.tracker.completions(rows, step)
+        if rows:
+            self.tracker.completions(rows, step)
 
     def extra(self) -> dict:
         """What this process saved besides the training state; nothing where there were other numbers of processes."""
@@ -587,35 +589,6 @@ def _is_shown(name: str, value: float, metrics: dict) -> bool:
     """Whether an evaluation's number is for the terminal: no loss that is minus the reward, no count of nothing."""
     negated = name == "eval/loss" and "eval/reward" in metrics
     return name.startswith("eval/") and not negated and not (name == "eval/missing" and not value)
-
-
-def add_sums(into: dict, terms: dict) -> None:
-    """Add a micro-batch's detached sums to the step's; names that end in `_max` keep the larger value.
-
-    Tensors stay on their device, so that nothing waits for it between micro-batches.
-    """
-    for name, value in terms.items():
-        value = torch.as_tensor(value, dtype=torch.float64)
-        if name not in into:
-            into[name] = value
-        else:
-            into[name] = torch.maximum(into[name], value) if name.endswith("_max") else into[name] + value
-
-
-def reduce_sums(accelerator: Accelerator, sums: dict) -> dict[str, float]:
-    """The step's sums over all processes, in one exchange; `..._max`, time/ and optim/ by maximum.
-
-    Processes may hold different names (one that had nothing to do holds few): a missing name adds nothing.
-    """
-    total: dict[str, float] = {}
-    for terms in gather_object([{name: float(value) for name, value in sums.items()}]):
-        for name, value in terms.items():
-            if name.endswith("_max") or name.startswith(("time/", "optim/")):
-                larger = math.nan if math.isnan(value) else max(value, total.get(name, value))
-                total[name] = math.nan if math.isnan(total.get(name, value)) else larger
-            else:
-                total[name] = total.get(name, 0.0) + value
-    return total
 
 
 _current: Run | None = None  # the run of this process, for messages about errors

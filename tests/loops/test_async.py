@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from loops.shared.rollout.ahead import Ahead
 from safetensors.torch import load_file
 
 from configs.loader import load_config
 from loops import grpo
 from loops.shared.checkpoint_files import read_extra
-from loops.shared.rollout.ahead import Ahead
 from loops.shared.rollout.weight_transfer import free_port
 
 HOUSE = Path(__file__).resolve().parents[2]

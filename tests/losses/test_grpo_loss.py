@@ -345,7 +345,7 @@ def test_dtypes() -> None:
         ({"epsilon": 1.2}, "epsilon is 1.2; give a number from 0 to 1"),
         ({"epsilon_high": -0.1}, "epsilon_high is -0.1; give a finite number of 0 or more"),
         ({"delta": 1.2}, "delta 1.2 must be above 1 \\+ epsilon_high = 1.2"),
-        ({"advantages": torch.zeros(2, 1)}, "one value a sequence"),
+        ({"advantages": torch.zeros(2, 1)}, r"advantages must be \[B\] or \[B, T\]"),
         ({"ref_logprobs": torch.zeros(1, 3)}, "mask must have the shape"),
     ],
 )

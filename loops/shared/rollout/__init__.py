@@ -9,11 +9,41 @@ from typing import TYPE_CHECKING, Any
 
 from loops.shared.rollout.config import RolloutConfig, Sampling
 from loops.shared.rollout.engine import Completion, Engine, SyncReport
+from loops.shared.rollout.evaluate import greedy_evaluation, reward_evaluation
+from loops.shared.rollout.mismatch import check_sampler
+from loops.shared.rollout.prefetch import load_rollouts, prefetch, rollouts_to_save
+from loops.shared.rollout.rollouts import (
+    Microbatch,
+    Rollout,
+    add_rollout_metrics,
+    add_update_metrics,
+    compute_rewards,
+    sample_rollouts,
+)
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Completion", "Engine", "RolloutConfig", "Sampling", "SyncReport", "build_engine"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Microbatch",
+    "Rollout",
+    "RolloutConfig",
+    "Sampling",
+    "SyncReport",
+    "add_rollout_metrics",
+    "add_update_metrics",
+    "build_engine",
+    "check_sampler",
+    "compute_rewards",
+    "greedy_evaluation",
+    "load_rollouts",
+    "prefetch",
+    "reward_evaluation",
+    "rollouts_to_save",
+    "sample_rollouts",
+]
 
 
 def build_engine(

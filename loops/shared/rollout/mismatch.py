@@ -9,31 +9,31 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from loops.shared.rollout.rollouts import Microbatch
+
 # How far the sampler's and the trainer's log-probability of one token may lie apart, by dtype of the weights.
 MISMATCH_LIMIT = {torch.float64: 0.01, torch.float32: 0.05}
 LOW_PRECISION_LIMIT = 2.0
 
 
 def check_sampler(
-    microbatches: Sequence, scored: dict[int, torch.Tensor], policy: nn.Module, accelerator: Accelerator, limit: float
+    microbatches: Sequence[Microbatch], policy: nn.Module, accelerator: Accelerator, limit: float
 ) -> None:
     """Raise RuntimeError where a step's samples were scored otherwise than they were drawn, with the worst token.
 
     The worst thousandth of a process's tokens (one, of fewer than 2,000) may be further apart than `limit`: rounding in
     low precision has a long tail.
 
-    microbatches: (packed batch, advantages, sampler's log-probabilities [B, T]); scored: the trainer's [B, T] of each,
-    by number. limit: in nats, 0 chooses by dtype. Not checked where dropout makes scores random.
+    limit: in nats, 0 chooses by dtype. Not checked where dropout makes scores random.
     """
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules()):
         return
     if not limit:
         limit = max(MISMATCH_LIMIT.get(p.dtype, LOW_PRECISION_LIMIT) for p in policy.parameters())
         limit = limit if accelerator.mixed_precision == "no" else LOW_PRECISION_LIMIT
-    masks = [batch.mask for batch, _, _ in microbatches]
-    sampled = torch.cat([sampled[mask] for (_, _, sampled), mask in zip(microbatches, masks, strict=True)])
-    trained = torch.cat([scored[number][mask] for number, mask in enumerate(masks)])
-    tokens = torch.cat([batch.scatter(batch.targets)[batch.mask] for batch, _, _ in microbatches])
+    sampled = torch.cat([mb.sampler_logprobs[mb.batch.mask] for mb in microbatches])
+    trained = torch.cat([mb.old_logprobs[mb.batch.mask] for mb in microbatches])
+    tokens = torch.cat([mb.batch.scatter(mb.batch.targets)[mb.batch.mask] for mb in microbatches])
     gaps = (sampled - trained).abs().nan_to_num(nan=torch.inf).sort().values
     outliers = max(1, len(gaps) // 1000) if len(gaps) > 1 else 0
     within = len(gaps) == 0 or (gaps[-1 - outliers] <= limit and bool(gaps[-1].isfinite()))

@@ -95,7 +95,7 @@ def die_at(loop: str, point: str, count: int) -> None:
         setattr(owner, name, wrapped)
 
     if point == "step":
-        wrap(LOOPS[loop], "train_step")
+        wrap(LOOPS[loop].optim, "clip_gradients")
     elif point == "generation":
         wrap(TransformersEngine, "_forward")
     elif point == "fsync":

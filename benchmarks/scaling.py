@@ -3,7 +3,7 @@ GPU the model FLOP/s utilisation, the fused head against bare matrix products, a
 
     python benchmarks/scaling.py '{"kind": "update", "device": "cpu", ...}'     # one point, in a process of its own
 
-Prompts and completions are random tokens, weights are random; the steps are the loops' own `train_step`.
+Prompts and completions are random tokens, weights are random; an update is what the loops do in a step.
 """
 
 from __future__ import annotations
@@ -103,13 +103,24 @@ def seconds_of(step, device: str, warmups: int = 1, repeats: int = 3) -> float:
     return median(seconds)
 
 
+def update(policy, optimizer, scheduler, accelerator, batch, loss_of) -> None:
+    """One optimizer step on one packed batch."""
+    from loops.shared.optim import clip_gradients
+    from loops.shared.policy import score
+
+    accelerator.backward(loss_of(score(policy, batch).logprobs))
+    clip_gradients(accelerator, policy, 1.0)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
 def measure_update(settings: dict[str, Any]) -> dict[str, float]:
     """One GRPO update on `prompts` groups of `generations` completions."""
     import torch
 
     from data.pack import pack_groups
-    from loops.grpo import Config, train_step
-    from loops.shared.failures import FiniteGuard
+    from losses.grpo import grpo_loss
 
     device, vocabulary = settings["device"], settings["shape"]["vocab_size"]
     policy = build_policy(settings["shape"], device=device, dtype="float32", lora_r=0, checkpointing=False)
@@ -120,26 +131,22 @@ def measure_update(settings: dict[str, Any]) -> dict[str, float]:
         for _ in range(settings["prompts"])
     ]
     batch = pack_groups(groups).to(device)
-    microbatches = [(batch, torch.randn(len(batch.mask), device=device), torch.zeros(batch.mask.shape, device=device))]
-    tokens = int(batch.mask.sum())
-    packed = Config(), accelerator, True, FiniteGuard(accelerator)
-    seconds = seconds_of(lambda: train_step(policy, None, *rest, microbatches, tokens, *packed), device)
+    advantages, tokens = torch.randn(len(batch.mask), device=device), int(batch.mask.sum())
+    loss_of = lambda logprobs: grpo_loss(logprobs, logprobs.detach(), advantages, batch.mask)[0] / tokens  # noqa: E731
+    seconds = seconds_of(lambda: update(policy, *rest, accelerator, batch, loss_of), device)
     return {"seconds": seconds, "computed": batch.num_tokens, "trained": tokens}
 
 
 def measure_training(settings: dict[str, Any]) -> dict[str, float]:
     """SFT steps on `sequences` sequences of `length` tokens, all trained: seconds and FLOPs."""
-    from loops.sft import Config, train_step
-    from loops.shared.failures import FiniteGuard
-
     device = settings["device"]
     names = ("dtype", "lora_r", "checkpointing")
     policy = build_policy(settings["shape"], device=device, **{name: settings[name] for name in names})
     adapters = sum(p.numel() for p in policy.parameters() if p.requires_grad) if settings["lora_r"] else 0
     policy, *rest, accelerator = trainer_of(policy, device)
     batch = random_examples(settings["sequences"], settings["length"], settings["shape"]["vocab_size"]).to(device)
-    packed = Config(), accelerator, True, FiniteGuard(accelerator)
-    seconds = seconds_of(lambda: train_step(policy, *rest, [batch], len(batch.targets), *packed), device, 2, 5)
+    loss_of = lambda logprobs: -logprobs.sum() / len(batch.targets)  # noqa: E731
+    seconds = seconds_of(lambda: update(policy, *rest, accelerator, batch, loss_of), device, 2, 5)
     flops = flops_of(settings["shape"], settings["sequences"], settings["length"], settings["lora_r"], adapters)
     return {"seconds": seconds, "tokens": batch.num_tokens, "flops": flops, "device_peak": device_peak(device)}
 
@@ -148,9 +155,6 @@ def measure_longest(settings: dict[str, Any]) -> dict[str, float]:
     """The longest single sequence, doubling from `length` up to `limit`, that one SFT step has memory for."""
     import torch
 
-    from loops.sft import Config, train_step
-    from loops.shared.failures import FiniteGuard
-
     names = ("dtype", "lora_r", "checkpointing")
     policy = build_policy(settings["shape"], device=settings["device"], **{name: settings[name] for name in names})
     policy, *rest, accelerator = trainer_of(policy, settings["device"])
@@ -158,7 +162,7 @@ def measure_longest(settings: dict[str, Any]) -> dict[str, float]:
     while length <= settings["limit"]:
         batch = random_examples(1, length, settings["shape"]["vocab_size"]).to(settings["device"])
         try:
-            train_step(policy, *rest, [batch], length, Config(), accelerator, True, FiniteGuard(accelerator))
+            update(policy, *rest, accelerator, batch, lambda logprobs: -logprobs.sum())
         except torch.OutOfMemoryError:
             break
         longest, length = length, 2 * length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def run_loop(
     if build_optimizer is sgd:
         common += ["--warmup_steps", "0", "--learning_rate", "1", "--min_learning_rate", "1"]
     AcceleratorState._reset_state(True)
-    threads = torch.get_num_threads()
+    threads, environment = torch.get_num_threads(), dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(HOUSE)
         patch.setattr(module, "load_rows", lambda *_, **__: ([{"answer": ""}] * len(rows), None))
@@ -97,12 +98,15 @@ def run_loop(
         tokenizer = AutoTokenizer.from_pretrained("data/quickstart/model")
         patch.setattr(module.models, "build_tokenizer", lambda *_: tokenizer)
         patch.setattr(module.models, "build_policy", lambda *_, **__: policy)
-        patch.setattr(module.optim, "build_optimizer", build_optimizer)
+        if build_optimizer is not None:
+            patch.setattr(module.optim, "build_optimizer", build_optimizer)
         patch.setattr(module.rollout, "build_engine", lambda *_, **__: engine)
         if engine is not None:
             patch.setattr(module, "build_reward_fn", lambda *_, **__: engine.rewards)
         patch.setattr(Run, "export", lambda run, policy, *_: (trained.append(policy), run.close(ok=True)))
         module.main(load_config(module.Config, [*common, *options], prog=loop))
     torch.set_num_threads(threads)
+    os.environ.clear()  # accelerate writes what it was asked for there
+    os.environ |= environment
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()], trained[0]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from loops.shared.rollout.ahead import Ahead
 from safetensors.torch import load_file
 
 from configs.loader import load_config
 from loops import grpo
+from loops.shared import rollout
 from loops.shared.checkpoint_files import read_extra
 from loops.shared.rollout.weight_transfer import free_port
 
@@ -55,20 +55,31 @@ def from_the_house(monkeypatch):
     monkeypatch.chdir(HOUSE)  # the shipped config names its files from there
 
 
-class Settled(Ahead):
-    """Has sampled what is under way before it is recorded, and remembers what every step was trained on."""
+class Taken:
+    """Remembers what every step was trained on, and has sampled what is under way before it is recorded."""
 
-    taken: dict[int, list] = {}
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.steps: dict[int, list] = {}
+        real_prefetch, real_save = rollout.prefetch, rollout.rollouts_to_save
 
-    def take(self, step):
-        share = super().take(step)
-        Settled.taken[step] = share.groups
-        return share
+        def prefetch(sample, steps, engine, *, depth, ready):
+            self.depth, self.last = depth, steps[-1]
+            coming = real_prefetch(sample, steps, engine, depth=depth, ready=ready)
+            for step, rollouts in zip(steps, coming, strict=True):
+                self.steps[step] = rollouts
+                yield rollouts
 
-    def record(self):
-        for coming in self._coming.values():
-            coming.result()
-        return super().record()
+        def rollouts_to_save(ready, engine):
+            step = max(self.steps)
+            while any(coming not in ready for coming in range(step + 1, min(step + self.depth, self.last) + 1)):
+                time.sleep(0.01)
+            return real_save(ready, engine)
+
+        patch.setattr(rollout, "prefetch", prefetch)
+        patch.setattr(rollout, "rollouts_to_save", rollouts_to_save)
+
+    def tokens(self, step: int) -> list[list[int]]:
+        return [one.completion.token_ids for one in self.steps[step]]
 
 
 def run(folder: Path, url: str, *options: str) -> list[dict]:
@@ -90,10 +101,6 @@ def share_of_even_tokens(*, completion_ids, **_):
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def tokens(groups) -> list[list[list[int]]]:
-    return [[completion.token_ids for completion in group] for group in groups]
-
-
 def weights(folder: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in load_file(folder / "model/model.safetensors").values()])
 
@@ -108,13 +115,14 @@ def whole(url, tmp_path_factory):
     runs = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(HOUSE)
-        patch.setattr(grpo, "Ahead", Settled)
         for level in (0, 1):
             folder = tmp_path_factory.mktemp(f"level-{level}") / "run"
-            Settled.taken = {}
+            patch.undo()
+            patch.chdir(HOUSE)
+            taken = Taken(patch)
             rows = run(folder, url, "--async_level", str(level))
             assert all(row["optim/grad_norm"] > 0 for row in rows[1:])
-            runs[level] = (folder, rows, Settled.taken)
+            runs[level] = (folder, rows, taken)
     return runs
 
 
@@ -130,7 +138,7 @@ def test_at_level_0_a_resumed_run_ends_in_the_same_bytes(whole, url, tmp_path):
 def test_at_level_1_weights_are_at_most_one_version_old_and_tokens_are_weighted(whole):
     """Step s is trained by weights of version s + 1 (the first sync is version 1), and sampled from s or s + 1."""
     _, rows, taken = whole[1]
-    versions = {step: {one.weight_version for group in groups for one in group} for step, groups in taken.items()}
+    versions = {step: {one.completion.weight_version for one in found} for step, found in taken.steps.items()}
     assert all(found <= {step, step + 1} for step, found in versions.items())
     assert {"policy/sampler_weight", "policy/mismatch_kl", "policy/sampler_capped"} <= rows[-1].keys()
 
@@ -140,25 +148,25 @@ def test_a_checkpoint_at_level_1_holds_what_waits_and_the_resumed_run_trains_on_
     on it, token for token, though its server counts versions from 1 again; step 3 it samples itself."""
     folder, _, taken = whole[1]
     recorded = read_extra(halfway(folder), 0)["rollouts"]
-    assert list(recorded) == [2] and len(recorded[2]) == PROMPTS
-    assert [[one["token_ids"] for one in group] for group in recorded[2]] == tokens(taken[2])
-    monkeypatch.setattr(grpo, "Ahead", Settled)
-    Settled.taken = {}
+    assert list(recorded) == [2] and len(recorded[2]) == PROMPTS * GENERATIONS
+    assert [one["token_ids"] for one in recorded[2]] == taken.tokens(2)
+    again = Taken(monkeypatch)
     rows = run(tmp_path / "run", url, "--async_level", "1", "--resume_from", str(halfway(folder)))
     assert [row["step"] for row in rows] == [3, 4]
-    assert tokens(Settled.taken[2]) == tokens(taken[2]) and set(Settled.taken) == {2, 3}
-    assert [one.logprobs for one in Settled.taken[2][0]] == [one.logprobs for one in taken[2][0]]
+    assert again.tokens(2) == taken.tokens(2) and set(again.steps) == {2, 3}
+    logprobs = [[one.completion.logprobs for one in found.steps[2]] for found in (again, taken)]
+    assert logprobs[0] == logprobs[1]
 
 
 def test_at_level_1_the_first_step_is_compared_with_the_sampler(url, tmp_path, monkeypatch):
     """Its samples are of the weights that train on them; those of later steps are older, and not compared."""
-    real, compared = grpo.check_sampler, []
+    real, compared = rollout.check_sampler, []
 
-    def check(microbatches, scored, *others):
-        compared.append(sum(int(batch.mask.sum()) for batch, _, _ in microbatches))
-        real(microbatches, scored, *others)
+    def check(microbatches, *others):
+        compared.append(sum(int(mb.batch.mask.sum()) for mb in microbatches))
+        real(microbatches, *others)
 
-    monkeypatch.setattr(grpo, "check_sampler", check)
+    monkeypatch.setattr(rollout, "check_sampler", check)
     rows = run(tmp_path / "run", url, "--async_level", "1", "--check_every", "1")
     assert compared == [rows[1]["tokens/scored"]] and rows[1]["rollout/lag"] == 0
     assert all(row["rollout/lag"] <= 1 and row["rollout/completions"] == PROMPTS * GENERATIONS for row in rows[1:])

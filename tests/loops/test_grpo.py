@@ -1,6 +1,7 @@
 """What GRPO promises beyond its arithmetic: corrections, guards, what is refused, what is logged and shown."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,12 +20,13 @@ from accelerate.state import AcceleratorState
 
 from configs.loader import load_config
 from data.chat import Prompt
-from data.rewards import MissingRewards, RewardFn, build_reward_fn, compute_rewards
+from data.rewards import MissingRewards, RewardFn, build_reward_fn
 from loops import grpo
 from loops.shared import rollout
 from loops.shared.rollout import Completion, RolloutConfig, Sampling, vllm_engine, vllm_setup
 from loops.shared.rollout.evaluate import greedy_evaluation
 from loops.shared.rollout.mismatch import check_sampler
+from loops.shared.rollout.rollouts import Microbatch, build_rollouts
 from loops.shared.rollout.transformers_engine import TransformersEngine
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -142,15 +144,15 @@ def test_a_step_is_a_set_of_rollouts_for_every_key_that_counts_steps(tmp_path):
 
 def test_completions_outside_the_loss_are_not_computed():
     """Group 1: completions 0 and 2 are truncated; they count in the group's mean, and cost nothing."""
-    accelerator = Accelerator(cpu=True)
-    prompts = [Prompt([5, 6], "", {})]
     reasons = ["length", "stop", "length", "stop"]
     completions = [Completion([8, 9], [-1.0, -1.0], reason, "", 0) for reason in reasons]
+    rollouts = build_rollouts([Prompt([5, 6], "", {})], [completions])
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     for beta in (0.0, 0.1):
         config = grpo.Config(rollout=RolloutConfig(num_generations=4), mask_truncated_completions=True, beta=beta)
-        ((batch, kept, _),) = grpo.build_microbatches(prompts, completions, advantages, config, accelerator)
-        assert kept.tolist() == [-1.0, -1.0] and batch.num_tokens == 2 + 2 * 2 and int(batch.mask.sum()) == 4
+        (mb,) = grpo.build_microbatches(rollouts, advantages, config, Accelerator(cpu=True))
+        assert mb.advantages.tolist() == [-1.0, -1.0]
+        assert mb.batch.num_tokens == 2 + 2 * 2 and int(mb.batch.mask.sum()) == 4
 
 
 def test_means_over_no_token_are_left_out(tmp_path):
@@ -179,14 +181,11 @@ def test_a_reward_that_fails_step_after_step_ends_the_run(tmp_path, monkeypatch,
 
 
 def test_one_step_with_rewards_starts_the_count_anew():
-    missing = compute_rewards(
-        {"f": lambda completions: [None]}, [1.0], prompts=["p"], completions=["c"], completion_ids=[[1]], columns=[{}]
-    )
     guard = MissingRewards()
     for step in range(30):
-        guard.check(missing, any_reward=step % 10 == 0)
+        guard.check([1.0 if step % 10 == 0 else math.nan], None)
     with pytest.raises(RuntimeError, match="all 1 rewards are missing"):
-        MissingRewards().check(missing, any_reward=False)  # the run's first step
+        MissingRewards().check([math.nan], None)  # the run's first step
 
 
 class Greedy:
@@ -258,14 +257,14 @@ def test_the_sampler_is_judged_by_its_tokens_and_not_by_the_worst_of_them(count)
     scored = torch.full((1, count), -1.0)
     off = scored.clone()
     off[0, count // 2] -= 3.0
-    check([(Batch(count), None, off)], {0: scored})
+    check([Microbatch(Batch(count), None, off, scored)])
     off[0, :: max(1, min(50, count // 2))] -= 3.0
     with pytest.raises(RuntimeError, match="further apart than 0.05"):
-        check([(Batch(count), None, off)], {0: scored})
+        check([Microbatch(Batch(count), None, off, scored)])
     off = scored.clone()
     off[0, 1] = torch.nan
     with pytest.raises(RuntimeError, match="not finite"):
-        check([(Batch(count), None, off)], {0: scored})
+        check([Microbatch(Batch(count), None, off, scored)])
 
 
 class Stale(TransformersEngine):
@@ -277,7 +276,7 @@ class Stale(TransformersEngine):
 
 
 def test_the_numbers_of_the_step_that_fails_the_comparison_are_logged(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "build_engine", lambda config, policy, tokenizer, **_: Stale(policy, tokenizer))
+    monkeypatch.setattr(rollout, "build_engine", lambda config, policy, tokenizer, **_: Stale(policy, tokenizer))
     with pytest.raises(RuntimeError, match="does not sample from the policy"):
         run(tmp_path / "run", "--max_steps", "2")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -383,7 +382,7 @@ def serve(monkeypatch, closed=None):
         engine.closed = closed
         return engine
 
-    monkeypatch.setattr(grpo, "build_engine", build)
+    monkeypatch.setattr(rollout, "build_engine", build)
     return ["--engine", "vllm-server", "--reward_functions", "tests.loops.test_grpo:with_an_alarm"]
 
 
@@ -397,18 +396,22 @@ def test_a_reward_with_an_alarm_works_in_a_run_at_every_level(level, tmp_path, m
 def test_an_error_in_a_step_ends_the_rollout_under_way(tmp_path, monkeypatch):
     """Python waits for the threads of a pool before anything else at its end: the run would hang."""
     options = serve(monkeypatch, closed=threading.Event())
-    real = grpo.compare_rewards
+    real = grpo.group_advantages
 
-    def breaks(share, *others):
-        if calls.count("step") == 1:
-            raise KeyError("a mistake in the second step")
-        calls.append("step")
-        return real(share, *others)
+    def breaks(rewards, *others, **options):
+        if len(rewards) == 8:  # of a step
+            calls.append("step")
+            if calls.count("step") == 2:
+                raise KeyError("a mistake in the second step")
+        return real(rewards, *others, **options)
 
-    monkeypatch.setattr(grpo, "compare_rewards", breaks)
+    monkeypatch.setattr(grpo, "group_advantages", breaks)
     with pytest.raises(KeyError, match="second step"):
         run(tmp_path / "run", *options, "--async_level", "1", "--max_steps", "5")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollout")]
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "rollout"] or [None]
+    if thread is not None:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_a_servers_groups_are_handed_over_in_the_callers_thread():

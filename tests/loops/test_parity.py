@@ -1,8 +1,10 @@
 """Twenty steps of each loop end the same on one process, DDP, FSDP2 and hybrid shards: real processes over gloo."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from data.batches import BatchConfig, rows_of_step, share_of_rank
 from data.chat import Example, Pair, Prompt
-from loops import dpo, grpo, sft
-from loops.shared.failures import FiniteGuard
-from loops.shared.models import build_reference
-from loops.shared.optim import OptimConfig, build_optimizer, build_schedule
 from loops.shared.policy import enable_packing
-from loops.shared.rollout import Completion, RolloutConfig
-from loops.shared.run import reduce_sums
-from loops.shared.sharding import build_accelerator, local_elements, prepare, read_sharding
-from losses.grpo import group_advantages, loss_denominator
+from loops.shared.sharding import local_elements
 from tests.conftest import make_float32_mean_float64
+from tests.loops.loop_runs import LOOPS, RecordedEngine, run_loop
 
-LOOPS = {"sft": sft, "dpo": dpo, "grpo": grpo}
 KINDS = ("full", "lora")
-STEPS = 20
 TOPOLOGIES = {  # name -> (processes, fsdp)
     "one": (1, ""),
     "ddp2": (2, ""),
@@ -41,15 +34,7 @@ def tokens(generator, low, high):
     return torch.randint(3, 96, (count,), generator=generator).tolist()
 
 
-def step_rows(step):
-    """Seven rows, five a step: steps of five and of two rows (fewer than four processes); at the end a data set of
-    three rows, smaller than a step."""
-    few = step >= 16
-    return rows_of_step(step - 16 * few, num_rows=3 if few else 7, rows_per_step=5, seed=1)
-
-
-def train(loop, kind, accelerator, sharding):
-    """(losses, gradient norms, elements held here, trained weights, whole and by name) of STEPS steps."""
+def make_policy(kind):
     torch.manual_seed(0)
     shape = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     policy = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=16, initializer_range=0.1))
@@ -57,81 +42,72 @@ def train(loop, kind, accelerator, sharding):
     if kind == "lora":
         policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     enable_packing(policy)
-    settings = {"grpo": {"beta": 0.1, "rollout": RolloutConfig(num_generations=4, max_completion_length=20)}}
-    config = LOOPS[loop].Config(
-        batch=BatchConfig(per_device_train_batch_size=3),
-        optim=OptimConfig(learning_rate=1e-3, max_grad_norm=1.0),
-        **settings.get(loop, {}),
-    )
-    reference = None if loop == "sft" else build_reference(policy)
-    optimizer = build_optimizer(policy, config.optim)
-    scheduler = build_schedule(optimizer, config.optim, STEPS)
-    policy, optimizer = prepare(accelerator, policy, optimizer, reference=reference, sharding=sharding)
+    return policy
+
+
+def recorded_step(step):
+    """Completions and rewards of a step's five or fewer prompts; they depend on the step alone."""
+    g = torch.Generator().manual_seed(100 + step)
+    groups = [[tokens(g, 1, 20) for _ in range(4)] for _ in range(5)]
+    return groups, torch.rand(5, 4, generator=g, dtype=torch.float64).tolist()
+
+
+def train(loop, kind, fsdp, folder):
+    """(losses, gradient norms, elements held here, trained weights, whole and by name) of twenty steps.
+
+    Sixteen steps of five and of two rows out of seven (fewer than four processes); then four on a data set of three
+    rows, smaller than a step.
+    """
     g = torch.Generator().manual_seed(3)
-    examples = [Example(ids, [True] * len(ids)) for ids in (tokens(g, 2, 30) for _ in range(7))]
-    pairs = [Pair(tokens(g, 1, 9), tokens(g, 1, 20), tokens(g, 1, 20)) for _ in range(7)]
-    prompts = [Prompt(tokens(g, 1, 9), "", {}) for _ in range(7)]
-    losses, norms = [], []
-    for step in range(STEPS):
-        rows = step_rows(step)
-        common = (optimizer, scheduler)
-        if loop == "sft":
-            micro = sft.build_microbatches(rows, [[e] for e in examples], config, accelerator)
-            count = sum(len(examples[row].input_ids) - 1 for row in rows)
-            sums = sft.train_step(policy, *common, micro, count, config, accelerator, True, FiniteGuard(accelerator))
-            losses.append(reduce_sums(accelerator, sums)["loss/sft"] / count)
-        elif loop == "dpo":
-            micro = dpo.build_microbatches(rows, pairs, None, config, accelerator)
-            sums = dpo.train_step(
-                policy, reference, *common, micro, len(rows), config, accelerator, True, FiniteGuard(accelerator)
-            )
-            losses.append(reduce_sums(accelerator, sums)["loss/dpo"] / len(rows))
-        else:  # recorded rollouts: completions and rewards of a step depend on the step alone
-            g = torch.Generator().manual_seed(100 + step)
-            answers = [[Completion(tokens(g, 1, 20), [], "stop", "", 0) for _ in range(4)] for _ in rows]
-            rewards = torch.rand(len(rows) * 4, generator=g, dtype=torch.float64)
-            advantages = group_advantages(rewards, 4)
-            lengths = [len(prompts[row].prompt_ids) for row in rows]
-            share = share_of_rank(lengths, rank=accelerator.process_index, num_processes=accelerator.num_processes)
-            own = [
-                Completion(c.token_ids, [-4.5] * len(c.token_ids), "stop", "", 0)
-                for place in share
-                for c in answers[place]
-            ]
-            mine = advantages.view(-1, 4)[share].flatten()
-            micro = grpo.build_microbatches([prompts[rows[p]] for p in share], own, mine, config, accelerator)
-            count = sum(len(c.token_ids) for group in answers for c in group)
-            down = loss_denominator("dapo", num_tokens=count, num_sequences=len(rewards), max_completion_length=20)
-            sums, _ = grpo.train_step(
-                policy, reference, *common, micro, down, config, accelerator, True, FiniteGuard(accelerator)
-            )
-            losses.append(reduce_sums(accelerator, sums)["loss/policy"])
-        norms.append(float(sums["optim/grad_norm"]))
-    held = local_elements(policy)
-    weights = {}
-    for name, parameter in accelerator.unwrap_model(policy).named_parameters():
-        if parameter.requires_grad:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            weights[name] = whole.detach().clone().contiguous()
-    return losses, norms, held, weights
+    if loop == "sft":
+        rows = [Example(ids, [True] * len(ids)) for ids in (tokens(g, 2, 30) for _ in range(7))]
+    elif loop == "dpo":
+        rows = [Pair(tokens(g, 1, 9), tokens(g, 1, 20), tokens(g, 1, 20)) for _ in range(7)]
+    else:
+        rows = [Prompt(tokens(g, 1, 9), "", {}) for _ in range(7)]
+    common = ["--per_device_train_batch_size", "3", "--train_batch_size", "5", "--learning_rate", "1e-3"]
+    common += ["--warmup_steps", "0", "--max_grad_norm", "1.0"]
+    common += ["--fsdp", fsdp if isinstance(fsdp, str) else json.dumps(fsdp)]
+    common += {"sft": [], "dpo": ["--precompute_ref_log_probs", "false"], "grpo": ["--beta", "0.1"]}[loop]
+    if loop == "grpo":
+        common += ["--num_generations", "4", "--max_completion_length", "20", "--prompts_per_step", "5"]
+        common += ["--max_mismatch", "1e9"]  # the recorded log-probabilities are made up
+    metrics, weights, held = [], {}, 0
+    for part, (count, steps) in enumerate([(7, 16), (3, 4)]):
+        engine = RecordedEngine(lambda step: recorded_step(step)[0], lambda step: recorded_step(step)[1])
+        found, policy = run_loop(
+            loop,
+            folder / f"{loop}-{kind}-{part}",
+            rows[:count],
+            *common,
+            *("--max_steps", str(steps)),
+            policy=make_policy(kind),
+            engine=engine,
+            build_optimizer=None,
+        )
+        metrics += found
+        held = local_elements(policy)
+        while hasattr(policy, "module"):
+            policy = policy.module
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                weights[f"{part}/{name}"] = whole.detach().clone().contiguous()
+    loss = {"sft": "loss/sft", "dpo": "loss/dpo", "grpo": "loss/policy"}[loop]
+    return [row[loss] for row in metrics], [row["optim/grad_norm"] for row in metrics], held, weights
 
 
 def on_one_topology(name, folder, exact):
     torch.set_num_threads(1)
     if exact:
         make_float32_mean_float64()
-    processes, fsdp = TOPOLOGIES[name]
-    sharding = read_sharding(fsdp, {}, False)
-    accelerator = build_accelerator(sharding, precision="no", on_cpu=True, processes=processes, per_machine=processes)
-    assert accelerator.num_processes == processes
     numbers, weights = {}, {}
     for loop in LOOPS:
         for kind in KINDS:
-            losses, norms, held, trained = train(loop, kind, accelerator, sharding)
+            losses, norms, held, trained = train(loop, kind, TOPOLOGIES[name][1], Path(folder) / name)
             numbers[f"{loop}-{kind}"] = {"losses": losses, "norms": norms, "held": held}
             weights |= {f"{loop}-{kind}/{name}": tensor for name, tensor in trained.items()}
-            accelerator.free_memory()
-    if accelerator.is_main_process:
+    if os.environ.get("RANK", "0") == "0":
         save_file(weights, f"{folder}/{name}.safetensors")
         with open(f"{folder}/{name}.json", "w") as file:
             json.dump(numbers, file)

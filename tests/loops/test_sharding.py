@@ -17,14 +17,13 @@ from data.batches import BatchConfig
 from data.chat import Example
 from data.pack import pack_examples
 from loops import sft
-from loops.shared.failures import FiniteGuard
 from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer
-from loops.shared.optim import OptimConfig, build_optimizer, build_schedule
+from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
 from loops.shared.policy import choose_packing, score
 from loops.shared.rollout import RolloutConfig, build_engine
-from loops.shared.run import reduce_sums
 from loops.shared.sharding import build_accelerator, is_sharded, prepare, read_launcher_sharding, read_sharding
 from loops.shared.weights import export_model
+from losses.sft import sft_loss
 from tests.loops.test_models import save_model
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -162,10 +161,16 @@ def train_variant(name, folder, accelerator, sharding):
     losses, references = [], []
     for _ in range(3):
         micro = sft.build_microbatches(range(6), [[e] for e in EXAMPLES], loop, accelerator)
-        sums = sft.train_step(
-            policy, optimizer, scheduler, micro, count, loop, accelerator, True, FiniteGuard(accelerator)
-        )
-        losses.append(reduce_sums(accelerator, sums)["loss/sft"] / count)
+        total = 0.0
+        for part in micro:
+            loss, _ = sft_loss(score(policy, part).logprobs, part.mask)
+            accelerator.backward(loss * accelerator.num_processes / count)
+            total = total + loss.detach()
+        clip_gradients(accelerator, policy, loop.optim.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(total, "sum").item() / count)
         with torch.no_grad(), reference.active() as model:  # the start again, whatever was trained since
             references.append(-score(model, batch).logprobs.sum().item() / count)
     policy.eval()

@@ -165,7 +165,8 @@ def main(config: Config) -> None:
     say("\n".join(str(each) for each in reports + more if each.rows))
     seed = config.run.seed
     place = {"device": accelerator.device, "for_fsdp": run.sharded, "log": run.print_main}
-    policy = models.build_policy(config.model, tokenizer, reports[0].stop_tokens, seed=seed, **place)
+    stops = reports[0].stop_tokens
+    policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
     longest = max(len(p.prompt_ids) for p in prompts + eval_prompts)
     longest += config.rollout.max_completion_length
     check_context(policy, longest, setting="max_completion_length or max_seq_length", say=say)

@@ -15,7 +15,6 @@ Legend: P prompts, G generations, T tokens, B completions (rows p*G..p*G+G-1 ans
 """
 
 import time
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -106,9 +105,9 @@ class Config:
         return self.prompts_per_step or -(-rows // generations)
 
 
-def in_loss(one, config):
+def in_loss(rollout, config):
     """Whether a rollout's tokens are trained on (its reward counts in its group's mean anyhow)."""
-    return not (config.mask_truncated_completions and one.completion.finish_reason == "length")
+    return not (config.mask_truncated_completions and rollout.completion.finish_reason == "length")
 
 
 def build_microbatches(rollouts, advantages, config, accelerator):
@@ -117,7 +116,7 @@ def build_microbatches(rollouts, advantages, config, accelerator):
     What has no gradient is not computed: completions outside the loss and, where beta is 0, those
     without an advantage. advantages: [B].
     """
-    kept = [b for b, one in enumerate(rollouts) if in_loss(one, config)]
+    kept = [b for b, r in enumerate(rollouts) if in_loss(r, config)]
     kept = [b for b in kept if advantages[b] != 0 or config.beta != 0]
     cuts = batches.cut_microbatches(
         [len(rollouts[b].completion.token_ids) for b in kept],
@@ -132,12 +131,12 @@ def build_microbatches(rollouts, advantages, config, accelerator):
         rows = [kept[i] for i in cuts[number]] if number < len(cuts) else []
         own = [rollouts[b] for b in rows]
         batch = pack.pack_completions(
-            [one.prompt.prompt_ids for one in own],  # a group's one object is computed once
-            [one.completion.token_ids for one in own],
-            is_target=[one.sampled for one in own],
-            numbers=[one.prompt.number for one in own],
+            [r.prompt.prompt_ids for r in own],  # a group's one object is computed once
+            [r.completion.token_ids for r in own],
+            is_target=[r.sampled for r in own],
+            numbers=[r.prompt.number for r in own],
         ).to(accelerator.device)
-        sampler_logprobs = batch.to_padded([one.completion.logprobs for one in own])  # [B, T]
+        sampler_logprobs = batch.to_padded([r.completion.logprobs for r in own])  # [B, T]
         own_advantages = advantages[rows].to(accelerator.device)  # [B]
         microbatches.append(rollout.Microbatch(batch, own_advantages, sampler_logprobs))
     return microbatches
@@ -223,100 +222,93 @@ def main(config: Config) -> None:
     ready = rollout.load_rollouts(run.extra(), lambda step: prompts_of(step)[1], engine)
     coming = rollout.prefetch(sample, range(start, total_steps), engine, depth=depth, ready=ready)
     missing = MissingRewards()
-    with closing(
-        engine
-    ):  # at an error too: it ends the rollout under way, which would be waited for
-        for step in range(start, total_steps):
-            began, metrics = time.perf_counter(), Metrics()
-            run.set_phase(step, "the rollout")
-            rollouts = next(coming)  # B of this process, group by group
-            engine.sleep()
+    for step in range(start, total_steps):
+        began, metrics = time.perf_counter(), Metrics()
+        run.set_phase(step, "the rollout")
+        rollouts = next(coming)  # B of this process, group by group
+        engine.sleep()
 
-            # rewards; exchanged, so that scale_rewards: batch means the batch of all processes
-            run.set_phase(step, "the rewards")
-            rewarding = time.perf_counter()
-            rollout.compute_rewards(rollouts, reward_fn)
-            metrics.set("time/reward", time.perf_counter() - rewarding)
-            rollout.add_rollout_metrics(metrics, rollouts, G)
-            num_tokens = sum(sum(one.sampled) for one in rollouts if in_loss(one, config))
-            metrics.sum("tokens/loss", num_tokens)
-            failure = next((one.failure for one in rollouts if one.failure), None)
-            own = ([one.reward for one in rollouts], num_tokens, failure)
-            totals, counts, failures = zip(*gather_object([own]), strict=True)  # one per process
-            rewards = torch.tensor(sum(totals, []), dtype=torch.float64)  # [B of the step]
-            missing.check(rewards.tolist(), next(filter(None, failures), None))
+        # rewards; exchanged, so that scale_rewards: batch means the batch of all processes
+        run.set_phase(step, "the rewards")
+        rewarding = time.perf_counter()
+        rollout.compute_rewards(rollouts, reward_fn)
+        metrics.set("time/reward", time.perf_counter() - rewarding)
+        rollout.add_rollout_metrics(metrics, rollouts, G)
+        num_tokens = sum(sum(r.sampled) for r in rollouts if in_loss(r, config))
+        metrics.sum("tokens/loss", num_tokens)
+        failure = next((r.failure for r in rollouts if r.failure), None)
+        own = ([r.reward for r in rollouts], num_tokens, failure)
+        totals, counts, failures = zip(*gather_object([own]), strict=True)  # one per process
+        rewards = torch.tensor(sum(totals, []), dtype=torch.float64)  # [B of the step]
+        missing.check(rewards.tolist(), next(filter(None, failures), None))
 
-            # advantages: (reward - mean of its group) / (standard deviation of its group + 1e-4)
-            advantages = group_advantages(rewards, G, scale=config.scale_rewards).float()
-            advantages = advantages.split([len(total) for total in totals])
-            microbatches = build_microbatches(
-                rollouts, advantages[accelerator.process_index], config, accelerator
-            )
-            # one denominator for all micro-batches of all processes, before the first backward
-            denominator = loss_denominator(
-                config.loss_type,
-                num_tokens=sum(counts),
-                num_sequences=len(rewards),
-                max_completion_length=config.rollout.max_completion_length,
-            )
+        # advantages: (reward - mean of its group) / (standard deviation of its group + 1e-4)
+        advantages = group_advantages(rewards, G, scale=config.scale_rewards).float()
+        advantages = advantages.split([len(total) for total in totals])
+        microbatches = build_microbatches(
+            rollouts, advantages[accelerator.process_index], config, accelerator
+        )
+        # one denominator for all micro-batches of all processes, before the first backward
+        denominator = loss_denominator(
+            config.loss_type,
+            num_tokens=sum(counts),
+            num_sequences=len(rewards),
+            max_completion_length=config.rollout.max_completion_length,
+        )
 
-            # update
-            run.set_phase(step, "the update")
-            updating = time.perf_counter()
-            for _ in range(config.num_iterations):
-                for mb in microbatches:
-                    # until the last backward gradients only add up; then DDP exchanges them
-                    with optim.accumulate(accelerator, policy, last=mb is microbatches[-1]):
-                        if reference is not None and mb.ref_logprobs is None:
-                            with accelerator.autocast(), reference.active() as model:
-                                mb.ref_logprobs = score(
-                                    model, mb.batch, temperature=temperature, packing=packing
-                                ).logprobs
-                        scores = score(policy, mb.batch, temperature=temperature, packing=packing)
-                        logprobs, entropy = scores.logprobs, scores.entropy  # [B, T], [B, T]
-                        if mb.old_logprobs is None:  # nothing was updated since sampling
-                            mb.old_logprobs = logprobs.detach()
-                        loss, terms = grpo_loss(  # eq. 3 of the paper; a sum over tokens
-                            logprobs, mb.old_logprobs, mb.advantages, mb.batch.mask,
-                            ref_logprobs=mb.ref_logprobs, beta=config.beta,
-                            kl_estimator=config.kl_estimator, loss_type=config.loss_type,
-                            importance_sampling_level=config.importance_sampling_level,
-                            epsilon=config.epsilon, epsilon_high=config.epsilon_high,
-                            delta=config.delta, importance_sampling_cap=cap or 1.0,
-                            sampler_logprobs=mb.sampler_logprobs if off_policy else None,
-                        )  # fmt: skip
-                        # DDP and FSDP average gradients over processes
-                        accelerator.backward(loss * accelerator.num_processes / denominator)
-                    run.guard.seen(loss, mb.batch.numbers)
-                    metrics.sum("loss/policy", loss.detach() / denominator / config.num_iterations)
-                    rollout.add_update_metrics(metrics, mb, terms, entropy)
-                grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
-                if run.guard.may_step(step + 1, grad_norm):  # NaN or inf: the run ends, or skips it
-                    metrics.set("optim/unchanged", optim.take_step(optimizer))
-                optimizer.zero_grad()
-            metrics.set("optim/grad_norm", grad_norm)  # before clipping
-            metrics.set("optim/learning_rate", scheduler.get_last_lr()[0])
-            scheduler.step()  # once per step: warmup_steps and max_steps count the same thing
-            metrics.set("time/update", time.perf_counter() - updating)
-            metrics.set("time/sync", engine.sync(policy).seconds)
+        # update
+        run.set_phase(step, "the update")
+        updating = time.perf_counter()
+        for _ in range(config.num_iterations):
+            for mb in microbatches:
+                # until the last backward gradients only add up; then DDP exchanges them
+                with optim.accumulate(accelerator, policy, last=mb is microbatches[-1]):
+                    if reference is not None and mb.ref_logprobs is None:
+                        with accelerator.autocast(), reference.active() as model:
+                            mb.ref_logprobs = score(
+                                model, mb.batch, temperature=temperature, packing=packing
+                            ).logprobs
+                    scores = score(policy, mb.batch, temperature=temperature, packing=packing)
+                    logprobs, entropy = scores.logprobs, scores.entropy  # [B, T], [B, T]
+                    if mb.old_logprobs is None:  # nothing was updated since sampling
+                        mb.old_logprobs = logprobs.detach()
+                    loss, terms = grpo_loss(  # eq. 3 of the paper; a sum over tokens
+                        logprobs, mb.old_logprobs, mb.advantages, mb.batch.mask,
+                        ref_logprobs=mb.ref_logprobs, beta=config.beta,
+                        kl_estimator=config.kl_estimator, loss_type=config.loss_type,
+                        importance_sampling_level=config.importance_sampling_level,
+                        epsilon=config.epsilon, epsilon_high=config.epsilon_high,
+                        delta=config.delta, importance_sampling_cap=cap or 1.0,
+                        sampler_logprobs=mb.sampler_logprobs if off_policy else None,
+                    )  # fmt: skip
+                    # DDP and FSDP average gradients over processes
+                    accelerator.backward(loss * accelerator.num_processes / denominator)
+                run.guard.seen(loss, mb.batch.numbers)
+                metrics.sum("loss/policy", loss.detach() / denominator / config.num_iterations)
+                rollout.add_update_metrics(metrics, mb, terms, entropy)
+            grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
+            if run.guard.may_step(step + 1, grad_norm):  # NaN or inf: the run ends, or skips it
+                metrics.set("optim/unchanged", optim.take_step(optimizer))
+            optimizer.zero_grad()
+        metrics.set("optim/grad_norm", grad_norm)  # before clipping
+        metrics.set("optim/learning_rate", scheduler.get_last_lr()[0])
+        scheduler.step()  # once per step: warmup_steps and max_steps count the same thing
+        metrics.set("time/update", time.perf_counter() - updating)
+        metrics.set("time/sync", engine.sync(policy).seconds)
 
-            # record
-            metrics.set("time/step", time.perf_counter() - began)
-            done, numbers = step + 1, run.reduce(metrics)
-            numbers["tokens/per_second"] = numbers["tokens/completions"] / numbers["time/step"]
-            if eval_prompts and run.eval_due(done):
-                numbers |= evaluate()
-            run.log(numbers, done)
-            run.show_completions(rollouts, advantages[accelerator.process_index].tolist(), done)
-            if config.rollout.check_due(step, first=step == start):  # after its numbers are logged
-                rollout.check_sampler(
-                    microbatches, policy, accelerator, config.rollout.max_mismatch
-                )
-            if run.save_due(done):
-                waiting = rollout.rollouts_to_save(ready, engine)
-                run.save(
-                    policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=waiting
-                )
+        # record
+        metrics.set("time/step", time.perf_counter() - began)
+        done, numbers = step + 1, run.reduce(metrics)
+        numbers["tokens/per_second"] = numbers["tokens/completions"] / numbers["time/step"]
+        if eval_prompts and run.eval_due(done):
+            numbers |= evaluate()
+        run.log(numbers, done)
+        run.show_completions(rollouts, advantages[accelerator.process_index].tolist(), done)
+        if config.rollout.check_due(step, first=step == start):  # after its numbers are logged
+            rollout.check_sampler(microbatches, policy, accelerator, config.rollout.max_mismatch)
+        if run.save_due(done):
+            waiting = rollout.rollouts_to_save(ready, engine)
+            run.save(policy, optimizer, scheduler, done, epoch=done // epoch_steps, extra=waiting)
     run.export(policy, tokenizer, config.model)
 
 

@@ -621,7 +621,13 @@ def one_sentence_errors(prog: str) -> Iterator[bool]:
         raise SystemExit(code) from None
 
     try:
-        yield prints
+        try:
+            yield prints
+        except BaseException:
+            for closer in _current.closers if _current else ():
+                with suppress(Exception):
+                    closer()  # an engine: Python waits for the threads of a rollout under way before anything else
+            raise
     except SystemExit as stop:
         frames = traceback.extract_tb(stop.__traceback__)
         ends = (Path(__file__), Path(__file__).resolve().parents[2] / "configs/loader.py")

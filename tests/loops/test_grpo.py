@@ -28,6 +28,7 @@ from loops.shared.rollout.evaluate import greedy_evaluation
 from loops.shared.rollout.mismatch import check_sampler
 from loops.shared.rollout.rollouts import Microbatch, build_rollouts
 from loops.shared.rollout.transformers_engine import TransformersEngine
+from loops.shared.run import one_sentence_errors
 
 HOUSE = Path(__file__).resolve().parents[2]
 
@@ -406,7 +407,7 @@ def test_an_error_in_a_step_ends_the_rollout_under_way(tmp_path, monkeypatch):
         return real(rewards, *others, **options)
 
     monkeypatch.setattr(grpo, "group_advantages", breaks)
-    with pytest.raises(KeyError, match="second step"):
+    with pytest.raises(KeyError, match="second step"), one_sentence_errors("loops/grpo.py"):
         run(tmp_path / "run", *options, "--async_level", "1", "--max_steps", "5")
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "rollout"] or [None]
     if thread is not None:

@@ -14,76 +14,19 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.loader import load_config
 from launch.sagemaker.account import Account, check_sdk
-from launch.sagemaker.containers import ADDITIONAL, AMI, ENVIRONMENTS, IMAGES, MODEL, Serving
+from launch.sagemaker.containers import IMAGES, Options, container_environment
 from launch.sagemaker.failures import aws_errors, is_gone, one_sentence_errors, sentence_of
-from launch.sagemaker.instances import gpus_of
-from launch.sagemaker.limits import check_environment, check_no_secrets, split_s3
+from launch.sagemaker.limits import check_no_secrets, split_s3
 
 METHODS = {"Model": "{}_model", "EndpointConfig": "{}_endpoint_config", "Endpoint": "{}_endpoint"}
 """What an endpoint is made of, in the order of making, and boto3's methods for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to serve, and where."""
-
-    name: str | None = None
-    """Name of endpoint, model and served model; left out, plumbline and the time."""
-    instance_type: str = "ml.g6e.2xlarge"
-    """Kind of machine; the default has one L40S of 48 GB."""
-    instance_count: int = 1
-    """Machines, each with a copy of the model."""
-    container: str = "vllm"
-    """vllm or lmi."""
-    base_model: str | None = None
-    """Where the model is an adapter: its base, a hub id or s3:// folder; left out, what the adapter's config names."""
-    lora_rank: int | None = None
-    """Rank of the adapter; left out, it is read from the adapter's config."""
-    quantization: str | None = None
-    """fp8 quantises 16-bit weights when the server starts."""
-    tensor_parallel: int | None = None
-    """GPUs that hold one copy of the model; left out, all of a machine."""
-    max_model_len: int | None = None
-    """Context length: tokens of prompt and completion together."""
-    tool_call_parser: str | None = None
-    """vLLM's parser of the model's tool calls: hermes (Qwen), llama3_json, mistral, ..."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Further variables of the container, NAME=VALUE: SM_VLLM_... or OPTION_..., over ours."""
-    tags: dict[str, str] = field(default_factory=dict)
-    """Tags of the endpoint, NAME=VALUE."""
-    subnets: list[str] = field(default_factory=list)
-    """VPC subnets of the model."""
-    security_group_ids: list[str] = field(default_factory=list)
-    """VPC security groups of the model."""
-    image: str | None = None
-    """Your own serving image; left out, AWS's image of the region."""
-    ami: str = AMI
-    """Machine image: its driver has to fit the container's CUDA."""
-
-    def __post_init__(self) -> None:
-        if self.container not in IMAGES:
-            raise ValueError(f"container is `{self.container}`; give vllm or lmi.")
-        count = gpus_of(self.instance_type)
-        if count == 0:
-            raise ValueError(f"instance_type {self.instance_type} has no GPU, and the containers need one.")
-        if self.tensor_parallel is None and count is None:
-            raise ValueError(
-                f"the GPUs of {self.instance_type} are not known here: give their number as tensor_parallel."
-            )
-        if count and (self.tensor_parallel or 1) > count:
-            raise ValueError(f"tensor_parallel is {self.tensor_parallel} and {self.instance_type} has {count} GPU(s).")
-        check_environment(self.environment)
-
-    @property
-    def parallel(self) -> int:
-        """GPUs that hold one copy of the model."""
-        return self.tensor_parallel or gpus_of(self.instance_type) or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +85,19 @@ def deploy(
     image = options.image or image_uris.retrieve(
         **IMAGES[options.container], region=region, image_scope="inference", instance_type=options.instance_type
     )
-    name = options.name or f"plumbline-{time.strftime('%Y%m%d-%H%M%S')}"
+    options = replace(options, name=options.name or f"plumbline-{time.strftime('%Y%m%d-%H%M%S')}")
     weights = find_weights(str(source), session, options)
-    serving, base = plan_serving(weights, options, name)
-    folder = weights.place
-    if serving.lora_rank or not folder.startswith("s3://"):
+    options = fit_options(weights, options)
+    name, folder = options.name, weights.place
+    if options.lora_rank or not folder.startswith("s3://"):
         # a bucket that the SDK makes for every account and region
         folder = f"s3://sagemaker-{region}-{role.split(':')[4]}/plumbline/endpoints/{name}/"
-        inside = f"adapters/{name}/" if serving.lora_rank and options.container == "lmi" else ""  # where LMI looks
+        inside = f"adapters/{name}/" if options.lora_rank and options.container == "lmi" else ""  # where LMI looks
         if session is not None:
             place_weights(weights.place, folder + inside, session)
-            if serving.lora_rank and options.container == "vllm":
+            if options.lora_rank and options.container == "vllm":
                 put_file(Path(__file__).with_name("serve_adapter.py"), folder, session)
-    requests = build_requests(serving, options, image=image, role=role, folder=folder, base=base)
+    requests = build_requests(options, image=image, role=role, folder=folder)
     check_no_secrets(requests)
     if session is None:
         return name, requests
@@ -193,32 +136,32 @@ def create(requests: Mapping[str, Mapping[str, Any]], client: Any) -> None:
 def find_weights(source: str, session: Any, options: Options) -> Weights:
     """Where the model's files are: at the source, or in `model/` below it. Raises ValueError where there are none."""
     if Path(source).is_dir():
-        for folder in (Path(source), Path(source, "model")):
-            files = {name: folder / name for name in ("config.json", "adapter_config.json")}
-            if any(path.is_file() for path in files.values()):
-                read = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
-                return Weights(str(folder), read.get("config.json", {}), read.get("adapter_config.json"))
-        raise ValueError(f"{source} holds no model: neither config.json nor adapter_config.json is in it.")
-    places = [source] if source.startswith("s3://") else []
-    if session is None:
-        if not places:
-            raise ValueError(f"{source}: a dry run looks nothing up; give an s3:// address or a local folder.")
+        places, read = [source, f"{source}/model"], _read_file
+    elif session is None:  # a dry run looks nothing up in AWS
         split_s3(source, "model")
-        adapter = {"r": options.lora_rank} if options.base_model else None
-        return Weights(source.rstrip("/") + "/", {}, adapter)
-    if not places:
-        places = _places_of_job(source, session)
-    s3 = session.client("s3")
-    for place in [place.rstrip("/") + part for place in places for part in ("/", "/model/", "/output/model/")]:
-        bucket, prefix = split_s3(place, "model")
-        found = {}
-        for name in ("config.json", "adapter_config.json"):
-            key = f"{prefix}/{name}" if prefix else name
-            if s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [{}])[0].get("Key") == key:
-                found[name] = json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
-        if found:
-            return Weights(place, found.get("config.json", {}), found.get("adapter_config.json"))
+        return Weights(source.rstrip("/") + "/", {}, {"r": options.lora_rank} if options.base_model else None)
+    else:
+        roots = [source] if source.startswith("s3://") else _places_of_job(source, session)
+        places = [root.rstrip("/") + part for root in roots for part in ("/", "/model/", "/output/model/")]
+        read = partial(_read_object, session.client("s3"))
+    for place in places:
+        config, adapter = (read(place, name) for name in ("config.json", "adapter_config.json"))
+        if config is not None or adapter is not None:
+            return Weights(place, config or {}, adapter)
     raise ValueError(f"{source} holds no model: neither config.json nor adapter_config.json is in {places[0]}.")
+
+
+def _read_file(place: str, name: str) -> Any:
+    path = Path(place, name)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _read_object(s3: Any, place: str, name: str) -> Any:
+    bucket, prefix = split_s3(place, "model")
+    key = f"{prefix}/{name}".lstrip("/")
+    if s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [{}])[0].get("Key") != key:
+        return None
+    return json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
 
 
 def _places_of_job(name: str, session: Any) -> list[str]:
@@ -238,30 +181,22 @@ def _places_of_job(name: str, session: Any) -> list[str]:
     return [artifacts, *([checkpoints] if checkpoints else [])]
 
 
-def plan_serving(weights: Weights, options: Options, name: str) -> tuple[Serving, str | None]:
-    """How the container will serve these weights, and the S3 folder of an adapter's base (None where there is none).
+def fit_options(weights: Weights, options: Options) -> Options:
+    """The options with what the model's files say: its adapter's rank and base.
 
     Raises ValueError for adapters that vLLM does not serve, and for sizes that do not fit the model.
     """
-    parallel = options.parallel
-    common: dict[str, Any] = {
-        "name": name,
-        "tensor_parallel": parallel,
-        "max_model_len": options.max_model_len,
-        "quantization": options.quantization,
-        "tool_call_parser": options.tool_call_parser,
-    }
     heads, longest = weights.config.get("num_attention_heads"), weights.config.get("max_position_embeddings")
-    if heads and heads % parallel:
+    if heads and heads % options.parallel:
         raise ValueError(
-            f"the model has {heads} attention heads, which {parallel} GPUs cannot share: set tensor_parallel."
+            f"the model has {heads} attention heads, which {options.parallel} GPUs cannot share: set tensor_parallel."
         )
     if longest and (options.max_model_len or 0) > longest:
         raise ValueError(f"max_model_len is {options.max_model_len} and the model was made for {longest} tokens.")
     if weights.adapter is None:
         if options.base_model:
             raise ValueError("base_model is given, but the model is no adapter: leave it out.")
-        return Serving(**common), None
+        return options
     for key, what in {"use_dora": "a DoRA adapter", "modules_to_save": "an adapter with whole modules"}.items():
         if weights.adapter.get(key):
             raise ValueError(f"this is {what}, which vLLM does not serve: merge it first (merge_weights: true).")
@@ -269,17 +204,12 @@ def plan_serving(weights: Weights, options: Options, name: str) -> tuple[Serving
     if not rank:
         raise ValueError("the adapter's rank is not known: give lora_rank.")
     base = options.base_model or weights.adapter.get("base_model_name_or_path")
-    if not base or base.startswith("/"):
+    if not base or base.startswith(("/", "s3://")):
         raise ValueError(
-            f"the adapter's base is {base}, which no endpoint has: give base_model, a hub id or s3:// folder."
+            f"the adapter's base is {base}, which no endpoint has: give base_model, a hub id, or merge it first "
+            "(merge_weights: true)."
         )
-    if not base.startswith("s3://"):
-        return Serving(**common, base_model=base, lora_rank=rank), None
-    base = base.rstrip("/") + "/"
-    split_s3(base, "base_model")
-    if options.container == "lmi":  # fetches an s3:// base itself; the mounted folder is the adapters'
-        return Serving(**common, base_model=base, lora_rank=rank), None
-    return Serving(**common, base_model=MODEL, lora_rank=rank, adapter=f"{ADDITIONAL}/adapter"), base
+    return replace(options, base_model=base, lora_rank=rank)
 
 
 def place_weights(place: str, folder: str, session: Any) -> None:
@@ -301,27 +231,21 @@ def put_file(path: Path, folder: str, session: Any) -> None:
     session.client("s3").upload_file(str(path), bucket, f"{prefix}/{path.name}")
 
 
-def build_requests(
-    serving: Serving, options: Options, *, image: str, role: str, folder: str, base: str | None
-) -> dict[str, dict[str, Any]]:
-    """The three requests of an endpoint, by operation. `folder` is mounted; with `base` that one is, and it beside."""
-
-    def mounted(uri: str) -> dict[str, Any]:
-        return {"S3Uri": uri, "S3DataType": "S3Prefix", "CompressionType": "None"}
-
+def build_requests(options: Options, *, image: str, role: str, folder: str) -> dict[str, dict[str, Any]]:
+    """The three requests of an endpoint, by operation. `folder` is mounted as the model."""
     container: dict[str, Any] = {
         "Image": image,
-        "Environment": {**ENVIRONMENTS[options.container](serving), **options.environment},
-        "ModelDataSource": {"S3DataSource": mounted(base or folder)},
+        "Environment": {**container_environment(options), **options.environment},
+        "ModelDataSource": {
+            "S3DataSource": {"S3Uri": folder, "S3DataType": "S3Prefix", "CompressionType": "None"},
+        },
     }
-    if base:
-        container["AdditionalModelDataSources"] = [{"ChannelName": "adapter", "S3DataSource": mounted(folder)}]
-    model: dict[str, Any] = {"ModelName": serving.name, "ExecutionRoleArn": role, "PrimaryContainer": container}
+    model: dict[str, Any] = {"ModelName": options.name, "ExecutionRoleArn": role, "PrimaryContainer": container}
     if options.subnets:
         model["VpcConfig"] = {"Subnets": list(options.subnets), "SecurityGroupIds": list(options.security_group_ids)}
     variant = {
         "VariantName": "AllTraffic",
-        "ModelName": serving.name,
+        "ModelName": options.name,
         "InstanceType": options.instance_type,
         "InitialInstanceCount": options.instance_count,
         "ModelDataDownloadTimeoutInSeconds": 1800,
@@ -332,8 +256,8 @@ def build_requests(
     tags = [{"Key": key, "Value": value} for key, value in {"plumbline": "endpoint", **options.tags}.items()]
     return {
         "CreateModel": {**model, "Tags": tags},
-        "CreateEndpointConfig": {"EndpointConfigName": serving.name, "ProductionVariants": [variant], "Tags": tags},
-        "CreateEndpoint": {"EndpointName": serving.name, "EndpointConfigName": serving.name, "Tags": tags},
+        "CreateEndpointConfig": {"EndpointConfigName": options.name, "ProductionVariants": [variant], "Tags": tags},
+        "CreateEndpoint": {"EndpointName": options.name, "EndpointConfigName": options.name, "Tags": tags},
     }
 
 

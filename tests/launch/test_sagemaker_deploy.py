@@ -19,16 +19,15 @@ from types import SimpleNamespace
 import pytest
 
 from launch.sagemaker.account import Account
-from launch.sagemaker.containers import MODEL, Serving, lmi_environment, room_for, vllm_environment
+from launch.sagemaker.containers import MODEL, Options, container_environment, room_for
 from launch.sagemaker.deploy import (
-    Options,
     Weights,
     build_requests,
     create,
     delete,
     deploy,
     find_weights,
-    plan_serving,
+    fit_options,
     wait_for,
 )
 from launch.sagemaker.invoke import invoke, split_events, stream
@@ -140,11 +139,15 @@ def test_the_requests_are_what_the_service_takes(container):
     from botocore.validate import ParamValidator
 
     options = Options(
-        name="sums", container=container, subnets=["subnet-1"], security_group_ids=["sg-1"], environment={"A": "b"}
+        name="sums",
+        container=container,
+        base_model="a/b",
+        subnets=["subnet-1"],
+        security_group_ids=["sg-1"],
+        environment={"A": "b"},
     )
-    adapter = Weights("s3://mine/adapter/", {}, {"r": 8})
-    serving, base = plan_serving(adapter, Options(container=container, base_model="s3://mine/base"), "sums")
-    requests = build_requests(serving, options, image="i", role=ROLE, folder="s3://mine/adapter/", base=base)
+    options = fit_options(Weights("s3://mine/adapter/", {}, {"r": 8}), options)
+    requests = build_requests(options, image="i", role=ROLE, folder="s3://mine/adapter/")
     model = boto3.Session(region_name="us-east-1").client("sagemaker").meta.service_model
     for operation, request in requests.items():
         report = ParamValidator().validate(request, model.operation_model(operation).input_shape)
@@ -152,8 +155,9 @@ def test_the_requests_are_what_the_service_takes(container):
 
 
 def test_both_containers_are_told_the_same():
-    serving = Serving(name="e", tensor_parallel=2, max_model_len=4096, quantization="fp8", tool_call_parser="hermes")
-    assert vllm_environment(serving) == {
+    given = dict(max_model_len=4096, quantization="fp8", tool_call_parser="hermes", instance_type="ml.g6e.12xlarge")
+    options = Options(name="e", tensor_parallel=2, **given)
+    assert container_environment(options) == {
         "SM_VLLM_SERVED_MODEL_NAME": "e",
         "SM_VLLM_TENSOR_PARALLEL_SIZE": "2",
         "SM_VLLM_MAX_MODEL_LEN": "4096",
@@ -161,7 +165,7 @@ def test_both_containers_are_told_the_same():
         "SM_VLLM_TOOL_CALL_PARSER": "hermes",
         "SM_VLLM_ENABLE_AUTO_TOOL_CHOICE": "true",
     }
-    assert lmi_environment(serving) == {
+    assert container_environment(replace(options, container="lmi")) == {
         "HF_MODEL_ID": MODEL,
         "TENSOR_PARALLEL_DEGREE": "2",
         "OPTION_SERVED_MODEL_NAME": "e",
@@ -174,29 +178,15 @@ def test_both_containers_are_told_the_same():
 
 def test_an_adapter_takes_the_endpoints_name_and_its_base_another():
     weights = Weights("s3://mine/adapter/", {}, {"r": 24, "base_model_name_or_path": "Qwen/Qwen3-4B"})
-    serving, base = plan_serving(weights, Options(), "e")
-    assert base is None
-    found = vllm_environment(serving)
+    options = fit_options(weights, Options(name="e"))
+    found = container_environment(options)
     assert found["SM_VLLM_MODEL"] == "Qwen/Qwen3-4B" and found["SM_VLLM_SERVED_MODEL_NAME"] == "e-base"
     assert json.loads(found["SM_VLLM_LORA_MODULES"]) == [{"name": "e", "path": MODEL}]
     assert (found["SM_VLLM_ENABLE_LORA"], found["SM_VLLM_MAX_LORA_RANK"]) == ("true", "32")
     assert (found["SM_VLLM_MIDDLEWARE"], found["PYTHONPATH"]) == ("serve_adapter.ServeAdapter", MODEL)
     assert found["PLUMBLINE_ADAPTER"] == "e"
-    found = lmi_environment(serving)
+    found = container_environment(replace(options, container="lmi"))
     assert found["HF_MODEL_ID"] == "Qwen/Qwen3-4B" and found["OPTION_MAX_LORA_RANK"] == "32"
-
-
-def test_a_base_in_s3_is_mounted_with_the_adapter_beside_it():
-    weights = Weights("s3://mine/adapter/", {}, {"r": 8, "base_model_name_or_path": "/home/me/base"})
-    serving, base = plan_serving(weights, Options(base_model="s3://mine/base"), "e")
-    requests = build_requests(serving, Options(), image="i", role=ROLE, folder=weights.place, base=base)
-    container = requests["CreateModel"]["PrimaryContainer"]
-    assert container["ModelDataSource"]["S3DataSource"]["S3Uri"] == "s3://mine/base/"
-    (beside,) = container["AdditionalModelDataSources"]
-    assert (beside["ChannelName"], beside["S3DataSource"]["S3Uri"]) == ("adapter", "s3://mine/adapter/")
-    path = json.loads(container["Environment"]["SM_VLLM_LORA_MODULES"])[0]["path"]
-    assert path == "/opt/ml/additional-model-data-sources/adapter"
-    assert container["Environment"]["SM_VLLM_MODEL"] == MODEL
 
 
 @pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (32, 32), (512, 512)])
@@ -213,12 +203,13 @@ def test_room_for_an_adapter(rank, room):
         ({}, {"r": 8, "use_dora": True, "base_model_name_or_path": "a/b"}, {}, "a DoRA adapter"),
         ({}, {"r": 8, "modules_to_save": ["lm_head"], "base_model_name_or_path": "a/b"}, {}, "whole modules"),
         ({}, {"r": 8, "base_model_name_or_path": "/home/me/base"}, {}, "give base_model"),
+        ({}, {"r": 8, "base_model_name_or_path": "a/b"}, {"base_model": "s3://mine/base"}, "merge it first"),
         ({}, {"base_model_name_or_path": "a/b"}, {}, "give lora_rank"),
     ],
 )
 def test_a_model_that_would_not_be_served_is_refused(config, adapter, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        plan_serving(Weights("s3://mine/m/", config, adapter), Options(**options), "e")
+        fit_options(Weights("s3://mine/m/", config, adapter), Options(**options))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +219,7 @@ def test_a_model_that_would_not_be_served_is_refused(config, adapter, options, s
         ({"instance_type": "ml.m5.xlarge"}, "has no GPU"),
         ({"tensor_parallel": 8}, "ml.g6e.2xlarge has 1 GPU"),
         ({"environment": {"HF_TOKEN": "x"}}, "in clear text"),
-        ({"instance_type": "ml.p9.48xlarge"}, "give their number as tensor_parallel"),
+        ({"instance_type": "ml.p9.48xlarge"}, "is not known here: give tensor_parallel"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(given, sentence):
@@ -238,7 +229,7 @@ def test_options_that_make_no_sense_are_refused(given, sentence):
 
 def test_an_adapter_of_too_high_a_rank_is_refused():
     with pytest.raises(ValueError, match="rank is 600"):
-        vllm_environment(Serving(name="e", tensor_parallel=1, base_model="a/b", lora_rank=600))
+        container_environment(Options(name="e", base_model="a/b", lora_rank=600))
 
 
 # Against moto
@@ -496,10 +487,10 @@ def vllm_server(tmp_path_factory):
     config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
     shutil.copy(HOUSE / "launch/sagemaker/serve_adapter.py", folder)
-    options = Options(base_model=base, max_model_len=1024, tool_call_parser="hermes")
+    options = Options(name="sums", base_model="a/b", max_model_len=1024, tool_call_parser="hermes")
     adapter = Weights("s3://mine/adapter/", {}, json.loads((folder / "adapter_config.json").read_text()))
-    serving, _ = plan_serving(adapter, replace(options, base_model="a/b"), "sums")
-    environment = vllm_environment(replace(serving, base_model=base, adapter=str(folder)))
+    options = replace(fit_options(adapter, options), base_model=base)
+    environment = container_environment(options, adapter=str(folder))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

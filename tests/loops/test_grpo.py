@@ -415,12 +415,14 @@ def test_an_error_in_a_step_ends_the_rollout_under_way(tmp_path, monkeypatch):
         assert not thread.is_alive()
 
 
-def test_a_servers_groups_are_handed_over_in_the_callers_thread():
-    from loops.shared.rollout.vllm_server import VllmServerEngine
+def test_a_servers_groups_are_handed_over_in_the_callers_thread(monkeypatch):
+    from loops.shared.rollout import vllm_server
 
-    class Drawn(VllmServerEngine):
+    monkeypatch.setattr(vllm_server, "build_completions", lambda tokenizer, rows: rows)
+
+    class Drawn(vllm_server.VllmServerEngine):
         def __init__(self):
-            same = SimpleNamespace(check=lambda *_: None, sampling_parameters=lambda *_: None, completions=list)
+            same = SimpleNamespace(check=lambda *_: None, sampling_parameters=lambda *_: None, tokenizer=None)
             self._has_weights, self._setup, self._servers, self.max_model_len = True, same, [None], 8
             self._config = RolloutConfig(engine="vllm-server")
 

@@ -7,7 +7,8 @@ same process or from a server is the engine's business, and what follows from it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -96,6 +97,30 @@ class Engine(Protocol):
     def close(self) -> None:
         """Ends what the engine started: servers, processes, temporary files."""
         ...
+
+
+def decode(tokenizer: Any, token_ids: Sequence[list[int]]) -> list[str]:
+    """Texts without special tokens; empty ones without a tokenizer."""
+    if tokenizer is None or not token_ids:
+        return [""] * len(token_ids)
+    return tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def build_completions(tokenizer: Any, rows: Sequence[tuple[list[int], list[float], str, int]]) -> list[Completion]:
+    """Completions of (token ids, log-probabilities, finish reason, weight version).
+
+    Raises RuntimeError: a log-probability is NaN or inf.
+    """
+    if not all(math.isfinite(value) for _, logprobs, _, _ in rows for value in logprobs):
+        raise RuntimeError(
+            "the policy gave a log-probability that is NaN or inf while sampling: its weights hold NaN or inf, or its "
+            "dtype overflows; lower the learning rate or use a wider torch_dtype."
+        )
+    texts = decode(tokenizer, [row[0] for row in rows])
+    return [
+        Completion(tokens, logprobs, "stop" if reason == "stop" else "length", text, version)
+        for (tokens, logprobs, reason, version), text in zip(rows, texts, strict=True)
+    ]
 
 
 def check_call(

@@ -22,7 +22,7 @@ from loops.shared.models import stop_token_ids
 from loops.shared.policy import learned_positions
 from loops.shared.rollout.cache import PromptCache
 from loops.shared.rollout.config import Sampling, check_transformers_sampling
-from loops.shared.rollout.engine import Completion, SyncReport, check_call
+from loops.shared.rollout.engine import Completion, SyncReport, build_completions, check_call, decode
 from loops.shared.rollout.sampling import (
     bad_word_table,
     bad_word_tokens,
@@ -118,7 +118,7 @@ class TransformersEngine:
 
         Raises ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, a stop token that the model
         does not have, stop strings or bad words without a tokenizer, or structured outputs, which only vLLM has;
-        RuntimeError: the policy's log-probabilities are not finite.
+        RuntimeError: the policy gives a log-probability that is NaN or inf.
         """
         check_transformers_sampling(sampling)
         limit = "positions that the model has learned: lower max_completion_length or max_seq_length"
@@ -267,17 +267,14 @@ class TransformersEngine:
         first = max(0, start - max(len(string.encode()) for string in strings) - 4)
         tails = tokens[:, first:].tolist()
         found = [0] * len(tails)
-        for row, text in enumerate(self._texts(tails)):
+        for row, text in enumerate(decode(self._tokenizer, tails)):
             if any(string in text for string in strings):
-                prefixes = self._texts([tails[row][: end - first] for end in range(start + 1, tokens.shape[1] + 1)])
+                prefixes = decode(
+                    self._tokenizer, [tails[row][: end - first] for end in range(start + 1, tokens.shape[1] + 1)]
+                )
                 hits = [any(string in prefix for string in strings) for prefix in prefixes]
                 found[row] = start + 1 + hits.index(True)
         return torch.tensor(found, device=tokens.device)
-
-    def _texts(self, token_ids: list[list[int]]) -> list[str]:
-        if self._tokenizer is None:
-            return [""] * len(token_ids)
-        return self._tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _completions(
         self, tokens: torch.Tensor, logprobs: torch.Tensor, ends: torch.Tensor, limit: int
@@ -285,21 +282,13 @@ class TransformersEngine:
         """Cuts tokens [R, T] and logprobs [R, T] at ends [R]."""
         stopped = ends > 0
         lengths = torch.where(stopped, ends, limit)
-        inside = torch.arange(limit, device=ends.device) < lengths[:, None]
-        if not logprobs[inside].isfinite().all():
-            raise RuntimeError(
-                "the policy gave a log-probability that is not finite while sampling: its weights hold NaN or "
-                "infinity, or its dtype overflows; lower the learning rate or use a wider torch_dtype."
-            )
-        cuts = lengths.tolist()
-        token_lists = [row[:cut] for row, cut in zip(tokens.tolist(), cuts, strict=True)]
-        logprob_lists = [row[:cut] for row, cut in zip(logprobs.tolist(), cuts, strict=True)]
-        return [
-            Completion(row_tokens, row_logprobs, "stop" if row_stopped else "length", text, self.weight_version)
-            for row_tokens, row_logprobs, row_stopped, text in zip(
-                token_lists, logprob_lists, stopped.tolist(), self._texts(token_lists), strict=True
+        rows = [
+            (ids[:cut], values[:cut], "stop" if has_stopped else "length", self.weight_version)
+            for ids, values, cut, has_stopped in zip(
+                tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
             )
         ]
+        return build_completions(self._tokenizer, rows)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 
 from loops.shared.layers import unwrap
 from loops.shared.rollout.config import Sampling
-from loops.shared.rollout.engine import Arrived, Completion, SyncReport
+from loops.shared.rollout.engine import Arrived, Completion, SyncReport, build_completions
 from loops.shared.rollout.vllm_setup import VllmSetup, one_sentence
 from loops.shared.rollout.weight_transfer import Transport, buckets, give_up, register, write_adapter
 from loops.shared.weights import iter_weights
@@ -174,7 +174,7 @@ class VllmEngine:
         with self._lock:
             outputs = self._generate(everything, drawn, sampling, seed)[start : start + len(asked)]
         rows = [self._row(output) for group in outputs for output in group]
-        completions = iter(self._setup.completions(rows))
+        completions = iter(build_completions(self._setup.tokenizer, rows))
         groups = [[next(completions) for _ in range(drawn)] for _ in asked]
         return [group * n if drawn < n else group for group in groups]
 

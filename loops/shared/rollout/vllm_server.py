@@ -35,7 +35,7 @@ import torch
 
 from loops.shared.layers import unwrap
 from loops.shared.rollout.config import Sampling
-from loops.shared.rollout.engine import Arrived, Completion, SyncReport
+from loops.shared.rollout.engine import Arrived, Completion, SyncReport, build_completions
 from loops.shared.rollout.vllm_setup import VllmSetup, one_sentence
 from loops.shared.rollout.weight_transfer import (
     BroadcastTransport,
@@ -556,7 +556,7 @@ class VllmServerEngine:
 
         def draw(place: int) -> list[Completion]:
             parameters = self._setup.sampling_parameters(sampling, drawn, seed, prompt_numbers[place])
-            group = self._setup.completions(self._draw(prompts[place], parameters))
+            group = build_completions(self._setup.tokenizer, self._draw(prompts[place], parameters))
             return group * n if drawn < n else group
 
         if not prompts:

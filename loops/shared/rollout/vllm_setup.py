@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from loops.shared.layers import base_model
 from loops.shared.models import stop_token_ids
 from loops.shared.rollout.config import RolloutConfig, Sampling
-from loops.shared.rollout.engine import Completion, check_call
+from loops.shared.rollout.engine import check_call
 from loops.shared.rollout.masks import check_masks, structured_outputs
 from loops.shared.rollout.sampling import noise_keys
 from loops.shared.rollout.weight_transfer import BACKEND, LORA_RANKS, unserved_adapter
@@ -150,23 +149,6 @@ class VllmSetup:
         if sampling.temperature > 0:
             parameters |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
         return parameters
-
-    def completions(self, rows: list[tuple[list[int], list[float], str, int]]) -> list[Completion]:
-        """Completions of (token ids, log-probabilities, finish reason, weight version)."""
-        if not all(math.isfinite(value) for _, logprobs, _, _ in rows for value in logprobs):
-            raise RuntimeError(
-                "the policy gave a log-probability that is not finite while sampling: its weights hold NaN or "
-                "infinity, or its dtype overflows; lower the learning rate or use a wider torch_dtype."
-            )
-        texts = [""] * len(rows)
-        if self.tokenizer is not None and rows:
-            texts = self.tokenizer.batch_decode(
-                [row[0] for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        return [
-            Completion(tokens, logprobs, "stop" if reason == "stop" else "length", text, version)
-            for (tokens, logprobs, reason, version), text in zip(rows, texts, strict=True)
-        ]
 
 
 def _dtype(

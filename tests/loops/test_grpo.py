@@ -440,7 +440,7 @@ def test_a_servers_groups_are_handed_over_in_the_callers_thread(monkeypatch):
 
 def test_killing_a_server_reaches_what_it_started_and_nothing_after_it_was_waited_for(tmp_path):
     """The server's own process has ended, its worker has not; once both are gone the number may be somebody else's."""
-    from loops.shared.rollout.vllm_server import Server
+    from loops.shared.rollout.server import Server
     from loops.shared.rollout.weight_transfer import Transport
 
     server = Server(0, "http://127.0.0.1:1", Transport(), 1.0)

@@ -35,8 +35,8 @@ from loops.shared.rollout import Completion, RolloutConfig, Sampling
 from loops.shared.rollout import weight_transfer as transfer
 from loops.shared.rollout.masks import check_masks
 from loops.shared.rollout.sampling import bad_word_tokens
+from loops.shared.rollout.server import Server, ServerLostError
 from loops.shared.rollout.vllm_engine import VllmEngine
-from loops.shared.rollout.vllm_server import Server, ServerLostError
 from loops.shared.rollout.vllm_setup import CPU_KV_CACHE_GIB, VllmSetup
 from loops.shared.weights import iter_weights
 

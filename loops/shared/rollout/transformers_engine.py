@@ -229,7 +229,7 @@ class TransformersEngine:
             logprobs[live, step] = chosen_logprobs.double()
             length = step + 1
             if length % check_every == 0 or length == limit:
-                self._mark_ends(tokens, ends, live, checked, length, stops, sampling.stop)
+                self._mark_ends(tokens, ends, live, slice(checked, length), stops, sampling.stop)
                 checked = length
                 running = ends[live] == 0
                 num_running = int(running.sum())
@@ -248,16 +248,15 @@ class TransformersEngine:
         tokens: torch.Tensor,
         ends: torch.Tensor,
         live: torch.Tensor,
-        start: int,
-        length: int,
+        new: slice,
         stops: torch.Tensor,
         strings: list[str],
     ) -> None:
-        """Writes into ends [R] where the sequences `live` stopped, if with one of the tokens `start .. length - 1`."""
-        is_stop = torch.isin(tokens[live, start:length], stops)  # [live, length - start]
-        found = torch.where(is_stop.any(-1), start + 1 + is_stop.int().argmax(-1), 0)
+        """Writes into ends [R] where the sequences `live` stopped, if with one of the tokens `new`."""
+        is_stop = torch.isin(tokens[live, new], stops)  # [live, new tokens]
+        found = torch.where(is_stop.any(-1), new.start + 1 + is_stop.int().argmax(-1), 0)
         if strings:
-            string_ends = self._string_ends(tokens[live, :length], start, strings)
+            string_ends = self._string_ends(tokens[live, : new.stop], new.start, strings)
             found = torch.where((string_ends > 0) & ((found == 0) | (string_ends < found)), string_ends, found)
         ends[live] = torch.where(ends[live] == 0, found, ends[live])
 

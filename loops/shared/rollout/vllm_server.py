@@ -8,25 +8,16 @@ completions are counted once, when they arrive.
 from __future__ import annotations
 
 import atexit
-import http.client
 import json
 import logging
-import os
-import re
 import secrets
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +27,8 @@ import torch
 from loops.shared.layers import unwrap
 from loops.shared.rollout.config import Sampling
 from loops.shared.rollout.engine import Arrived, Completion, SyncReport, build_completions
-from loops.shared.rollout.vllm_setup import VllmSetup, one_sentence
+from loops.shared.rollout.server import POLL_SECONDS, Server, ServerLostError
+from loops.shared.rollout.vllm_setup import VllmSetup
 from loops.shared.rollout.weight_transfer import (
     BroadcastTransport,
     Bucket,
@@ -51,136 +43,10 @@ from loops.shared.weights import iter_weights
 
 logger = logging.getLogger(__name__)
 
-_LAUNCHER = Path(__file__).resolve().parents[3] / "launch" / "vllm_server.py"
 _NAME = "policy"
-_POLL_SECONDS = 0.2
 _LOSSES = 8
-# Straight to the server: a proxy that the machine is set up with is for the world outside.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # What vLLM says of a tensor that it has no place for; sending it again would not help.
 _MISFITS = ("no module or parameter", "left out weights", "exceeds dimension size", "size mismatch", "shape")
-
-
-class ServerLostError(Exception):
-    """The server does not answer, not in time, or not with what it was told to serve: ask again, or elsewhere."""
-
-
-class Server:
-    """One server as this process sees it."""
-
-    def __init__(self, number: int, url: str, transport: Transport, timeout: float, api_key: str | None = None):
-        """transport: how it takes weights from rank 0. timeout: seconds for an answer, where a call does not say."""
-        self.number, self.url, self.transport, self.timeout = number, url.rstrip("/"), transport, timeout
-        self.ready = False
-        self.load = 0  # completions under way
-        self.process: subprocess.Popen | None = None
-        self.life = 0  # how often it came back
-        self.log = Path()
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-
-    def call(self, path: str, body: dict | None = None, *, timeout: float = 0, method: str = "POST") -> Any:
-        """The answer to one request.
-
-        Raises:
-            ServerLostError: no answer, or the engine behind the server has died.
-            RuntimeError: the server refused; its own words.
-        """
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self.url + path, data, self._headers, method=method)
-        try:
-            with _OPENER.open(request, timeout=timeout or self.timeout) as answer:
-                text = answer.read().decode()
-                return json.loads(text) if text[:1] in ("{", "[") else text
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            if error.code in (502, 503, 504) or "EngineDead" in text or "EngineCore encountered" in text:
-                raise ServerLostError(f"{self.url}: {text[:200]}") from error
-            if error.code == 401:
-                raise ValueError(f"{self.url} asks for another key: set VLLM_API_KEY in the environment.") from error
-            words = re.search(r'"(?:message|error)": ?"((?:[^"\\]|\\.)*)"', text)
-            said = json.loads(f'"{words[1]}"') if words else text
-            raise RuntimeError(f"{self.url}{path} answered {error.code}: {said[:500]}") from error
-        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-            raise ServerLostError(f"{self.url}{path}: {type(error).__name__} {error}") from error
-
-    def control(self, method: str, **arguments: Any) -> None:
-        """A call of the weight-update protocol."""
-        self.call(f"/{method}", arguments or None)
-
-    def models(self) -> list[dict]:
-        """What it serves: its model, and the adapters on it."""
-        return self.call("/v1/models", timeout=30, method="GET")["data"]
-
-    def join(self) -> None:
-        """Its workers and this process meet, for the weights to come."""
-        self.transport.open(self.control, self.call("/get_world_size", timeout=30, method="GET")["world_size"])
-
-    def take(self, bucket: Bucket) -> None:
-        """Its workers get these weights."""
-        self.transport.send(self.control, bucket)
-
-    def start(self, options: list[str], log: Path) -> None:
-        """Starts the process; it ends with this one."""
-        self.log = log
-        host, port = self.url.removeprefix("http://").split(":")
-        command = [sys.executable, str(_LAUNCHER), f"--parent={os.getpid()}", f"--host={host}", f"--port={port}"]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, *options],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=log.parent,  # vLLM must not find our packages in the working directory
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        """Ends the process and all that it started, at once."""
-        self.ready = False
-        if self.process is not None and self.process.returncode is None:  # once waited for, its number may be another's
-            with suppress(ProcessLookupError):  # another thread was faster
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def ended(self) -> bool:
-        """Whether a process of ours has ended. It is not waited for, so that `kill` still reaches what it started."""
-        if self.process is None or self.process.returncode is not None:
-            return self.process is not None
-        try:
-            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # `kill` has just waited for it
-            return True
-
-    def wait_until_up(self, timeout: float) -> None:
-        """Returns once the server answers.
-
-        Raises:
-            ServerLostError: it has not answered in time, or its port was taken meanwhile.
-            ValueError, RuntimeError: it ended; why.
-        """
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                self.call("/health", timeout=5, method="GET")
-                return
-            except ServerLostError:
-                if self.ended():
-                    raise _why_it_ended(self.log.read_text(errors="replace"), self.log) from None
-                if time.monotonic() > deadline:
-                    raise ServerLostError(f"{self.url} does not answer for {timeout:.0f} s (server_timeout).") from None
-                time.sleep(_POLL_SECONDS)
-
-
-def _why_it_ended(log: str, path: Path) -> Exception:
-    """What a server's log says about its end; an end without an error, or for want of a port, is worth another try."""
-    if sentence := one_sentence(log):
-        return ValueError(sentence)
-    errors = re.findall(r"^.*\b(?:\w+Error|Exception|error): .+$", log, re.M)
-    if not errors or "ddress already in use" in log:
-        return ServerLostError(f"it ended while starting, killed or without its port (its log: {path})")
-    return RuntimeError(f"a vLLM server ended while starting: {errors[-1].strip()[:300]} (its log: {path})")
 
 
 class VllmServerEngine:
@@ -220,7 +86,7 @@ class VllmServerEngine:
             except Exception as error:
                 self.close()
                 known = error
-        known = self._agree(known)
+        known = self._from_rank_0(known)
         if isinstance(known, Exception):
             raise known
         urls, self._run, self.max_model_len = known
@@ -233,12 +99,12 @@ class VllmServerEngine:
             server.ready = True
             threading.Thread(target=self._watch, args=(server,), daemon=True, name=f"watch-{server.url}").start()
 
-    def _agree(self, said: Any) -> Any:
-        """What rank 0 says, on every rank."""
-        told = [said]
+    def _from_rank_0(self, value: Any) -> Any:
+        """The value of rank 0, on every rank."""
+        values = [value]
         if self._distributed:
-            torch.distributed.broadcast_object_list(told, src=0)
-        return told[0]
+            torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
     def _ready(self) -> list[Server]:
         return [server for server in self._servers if server.ready]
@@ -350,7 +216,7 @@ class VllmServerEngine:
                 if setup.sends_adapter:
                     count, adapter_bytes = self._send_adapter(policy, version)
                     tensors, size = tensors + count, size + adapter_bytes
-                if refusal := self._agree(self._refusal):
+                if refusal := self._from_rank_0(self._refusal):
                     self._each(self._ready(), self._release)
                     raise refusal
             except BaseException:
@@ -370,7 +236,7 @@ class VllmServerEngine:
                 tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
                 if self._rank == 0:
                     self._remember(bucket)  # while they pause, or take the bucket before
-                    taking = pool.submit(self._each, taking.result(), partial(Server.take, bucket=bucket))
+                    taking = pool.submit(self._each, taking.result(), partial(Server.send, bucket=bucket))
         if self._refusal is None and len(self._snapshot) > tensors > 0:
             self._refusal = ValueError(
                 f"{tensors} tensors were sent, and {len(self._snapshot)} before: weights are missing."
@@ -456,7 +322,7 @@ class VllmServerEngine:
 
     def _watch(self, server: Server) -> None:
         """Brings the server back, as often as it is lost."""
-        while not self._closing.wait(_POLL_SECONDS):
+        while not self._closing.wait(POLL_SECONDS):
             if (server.ready and not server.ended()) or self._closing.is_set():
                 continue
             server.ready = False
@@ -494,7 +360,7 @@ class VllmServerEngine:
             return
         self._begin(server)
         for bucket in buckets(self._snapshot.items()):
-            server.take(bucket)
+            server.send(bucket)
         self._finish(server, 1 if self._setup.sends_adapter else self.weight_version)
         loaded = {model["id"] for model in server.models()}
         for name, folder in self._adapters:
@@ -577,7 +443,7 @@ class VllmServerEngine:
         """All completions of a prompt, from whichever server gives them."""
         count, losses = parameters["n"], 0
         while True:
-            server = self._take(count)
+            server = self._reserve(count)
             life, oldest = server.life, self.weight_version
             try:
                 body = {"token_ids": prompt, "sampling_params": parameters}
@@ -606,7 +472,7 @@ class VllmServerEngine:
                     server.load -= count
                     self._changed.notify_all()
 
-    def _take(self, count: int) -> Server:
+    def _reserve(self, count: int) -> Server:
         """The ready server with the fewest completions under way, as soon as one has room for `count`."""
         most = self._config.vllm_max_num_seqs
         with self._changed:

@@ -18,7 +18,7 @@ from loops.shared.rollout.config import RolloutConfig, Sampling
 from loops.shared.rollout.engine import check_call
 from loops.shared.rollout.masks import check_masks, structured_outputs
 from loops.shared.rollout.sampling import noise_keys
-from loops.shared.rollout.weight_transfer import BACKEND, LORA_RANKS, unserved_adapter
+from loops.shared.rollout.weight_transfer import BACKEND, LORA_RANKS, is_plain_lora
 from loops.shared.weights import iter_weights, plain_class
 
 GIB = 2**30
@@ -45,11 +45,13 @@ class VllmSetup:
         self.config, self.tokenizer = config, tokenizer
         self.device = next(policy.parameters()).device.type
         self.dtype = _dtype(config, policy, autocast or nullcontext)
-        reason = unserved_adapter(policy)
-        if config.weight_sync == "adapter" and reason:
-            raise ValueError(f"weight_sync is adapter, but {reason}: set weight_sync to full.")
+        plain = is_plain_lora(policy)
+        if config.weight_sync == "adapter" and not plain:
+            raise ValueError(
+                "weight_sync is adapter, and vLLM cannot serve this policy's alone: set weight_sync to full."
+            )
         wanted = config.weight_sync == "adapter" or (config.weight_sync == "auto" and self.device != "cpu")
-        self.sends_adapter = wanted and reason is None
+        self.sends_adapter = wanted and plain
         self.lora_rank = 0
         if self.sends_adapter:
             self.lora_rank = next(rank for rank in LORA_RANKS if rank >= policy.peft_config["default"].r)  # type: ignore[operator,union-attr]
@@ -65,7 +67,7 @@ class VllmSetup:
             if hasattr(shape, key):
                 delattr(shape, key)
         shape.architectures = [plain_class(model).__name__]
-        if reason and isinstance(policy, PeftModel) and getattr(shape, "tie_word_embeddings", False):
+        if not plain and isinstance(policy, PeftModel) and getattr(shape, "tie_word_embeddings", False):
             # An adapter, or a copy that is trained, on one end of tied weights parts them.
             parted = set(model.all_tied_weights_keys) & {name for name, _ in iter_weights(policy)}
             shape.tie_word_embeddings = not parted

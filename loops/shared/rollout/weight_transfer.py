@@ -40,31 +40,20 @@ Control = Callable[..., None]
 # ---- what is sent ----------------------------------------------------------------------------------------------------
 
 
-def unserved_adapter(policy: nn.Module) -> str | None:
-    """Why vLLM cannot serve the policy's adapter by itself; None where it can."""
+def is_plain_lora(policy: nn.Module) -> bool:
+    """Whether vLLM can serve the policy's adapter by itself: LoRA with one rank and scale, on linear layers alone."""
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(policy, PeftModel):
-        return "the policy has no adapter"
-    lora = policy.peft_config[ADAPTER]
-    if not isinstance(lora, LoraConfig):
-        return f"{type(lora).__name__} is not LoRA"
-    if lora.use_dora:
-        return "vLLM does not serve DoRA (use_dora)"
-    if lora.modules_to_save:
-        return f"modules_to_save trains {', '.join(sorted(lora.modules_to_save))} whole"
-    if lora.rank_pattern or lora.alpha_pattern or lora.bias != "none" or getattr(lora, "lora_bias", False):
-        return "the adapter has ranks, scales or biases of its own for some modules"
-    if getattr(lora, "target_parameters", None):
-        return "the adapter covers experts (target_parameters)"
-    if lora.r > LORA_RANKS[-1]:
-        return f"lora_r is {lora.r} and vLLM serves at most {LORA_RANKS[-1]}"
+    lora = policy.peft_config[ADAPTER] if isinstance(policy, PeftModel) else None
+    if not isinstance(lora, LoraConfig) or lora.r > LORA_RANKS[-1] or lora.bias != "none":
+        return False
+    more = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters")
+    if any(getattr(lora, key, None) for key in more):
+        return False
     ends = {id(policy.get_input_embeddings()), id(policy.get_output_embeddings())}
-    for name, module in policy.named_modules():
-        if isinstance(module, LoraLayer) and (id(module) in ends or module.lora_embedding_A):
-            return f"the adapter covers {name.rsplit('.', 1)[-1]}"
-    return None
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    return not any(id(layer) in ends or layer.lora_embedding_A for layer in layers)
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[Bucket]:

@@ -286,7 +286,7 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
         loop="evaluate",
         resolved=dump_config(config),
         settings=settings,
-        expandable_segments=config.rollout.engine != "vllm",
+        expandable_segments=not config.rollout.vllm_in_process,
     )
     run.print_main(str(report))
     policy = build_model(found, tokenizer, run.accelerator.device)

@@ -175,7 +175,7 @@ def main(config: Config) -> None:
 
     run = start_run(
         config.run, loop="dpo", resolved=dump_config(config), settings=asdict(config),
-        expandable_segments=config.rollout.engine != "vllm" or not config.eval_reward,
+        expandable_segments=not config.rollout.vllm_in_process or not config.eval_reward,
     )  # fmt: skip
     accelerator = run.accelerator
     run.print_main("\n".join(str(each) for each in reports if each.rows))

@@ -159,7 +159,7 @@ def main(config: Config) -> None:
 
     run = start_run(
         config.run, loop="grpo", resolved=dump_config(config), settings=asdict(config),
-        expandable_segments=config.rollout.engine != "vllm")  # fmt: skip
+        expandable_segments=not config.rollout.vllm_in_process)  # fmt: skip
     accelerator, say = run.accelerator, run.print_main
     say("\n".join(str(each) for each in reports + more if each.rows))
     seed = config.run.seed

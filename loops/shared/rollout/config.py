@@ -198,6 +198,11 @@ class RolloutConfig(Sampling):
         else:
             check_vllm_sampling(self)
 
+    @property
+    def vllm_in_process(self) -> bool:
+        """Whether vLLM samples in the trainer's process, where its sleep needs memory that is not expandable."""
+        return self.engine == "vllm"
+
     def check_due(self, step: int, *, first: bool) -> bool:
         """Whether the sampler's and the trainer's log-probabilities are compared in step `step`. Where sampling runs
         ahead only the very first one is of the weights that train on it."""

@@ -602,13 +602,13 @@ def test_a_killed_server_comes_back_with_the_present_weights_and_nothing_is_lost
 
 
 def test_a_hung_server_meets_the_deadline(server, policy, prompts, monkeypatch):
-    first, patient, lose = server._servers[0].process, server._config, server._lose
+    first, patient, lose = server._servers[0].process, server._config, server._mark_lost
 
     def lost(*of: Any) -> None:  # the server that comes back may take its time
         server._config = patient
         lose(*of)
 
-    monkeypatch.setattr(server, "_lose", lost)
+    monkeypatch.setattr(server, "_mark_lost", lost)
     server._config = replace(patient, request_timeout=5.0)
     os.killpg(first.pid, signal.SIGSTOP)
     groups = draw(server, prompts)

@@ -1,8 +1,8 @@
-"""vLLM in the trainer's process: the policy's weights are handed over in memory.
+"""vLLM in the trainer's process: it gets the policy's weights in memory.
 
 With several processes each has an engine of its own, or, with `vllm_tensor_parallel_size` above 1, as many neighbouring
-ones share one and sample all their prompts together. The engine starts from the policy's config alone, with weights
-that mean nothing; the first sync brings all of them, so it comes before the first sample.
+ones share one and sample all their prompts together. The engine starts from the policy's config with random weights;
+the first sync sends all of them, so it comes before the first sample.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loops.shared.layers import unwrap
 from loops.shared.rollout.config import Sampling
 from loops.shared.rollout.engine import Arrived, Completion, SyncReport, build_completions
 from loops.shared.rollout.vllm_setup import VllmSetup, one_sentence
-from loops.shared.rollout.weight_transfer import Transport, buckets, give_up, register, write_adapter
+from loops.shared.rollout.weight_transfer import Transport, abort_update, buckets, register, write_adapter
 from loops.shared.weights import iter_weights
 
 
@@ -88,7 +88,7 @@ class VllmEngine:
         getattr(self._llm, method)(arguments)
 
     def sync(self, policy: torch.nn.Module) -> SyncReport:
-        """Hands over the policy's weights, or its adapter; every process calls this.
+        """Loads the policy's weights, or its adapter, into vLLM; every process calls this.
 
         Raises ValueError: vLLM has no place for a tensor, or one is missing.
         """
@@ -115,7 +115,7 @@ class VllmEngine:
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
 
     def _send(self, policy: torch.nn.Module) -> tuple[int, int]:
-        """All weights; those of the base, where the adapter goes by itself."""
+        """Sends all weights; those of the base alone where the adapter is sent by itself."""
         tensors = size = 0
         try:
             self._llm.start_weight_update()
@@ -124,7 +124,7 @@ class VllmEngine:
                 tensors, size = tensors + len(bucket), size + sum(tensor.nbytes for _, tensor in bucket)
             self._llm.finish_weight_update()
         except Exception as error:
-            give_up(self._control)
+            abort_update(self._control)
             if isinstance(error, ValueError | KeyError):
                 raise ValueError(f"vLLM refused the policy's weights: {error}") from error
             raise

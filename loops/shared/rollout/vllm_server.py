@@ -34,9 +34,9 @@ from loops.shared.rollout.weight_transfer import (
     Bucket,
     FileTransport,
     Transport,
+    abort_update,
     buckets,
     free_port,
-    give_up,
     write_adapter,
 )
 from loops.shared.weights import iter_weights
@@ -59,7 +59,7 @@ class VllmServerEngine:
 
         api_key: of the servers, if they have one.
 
-        Raises ValueError: a port is in use, a server has another model, tokenizer or key, or too little memory.
+        Raises ValueError: a port is in use, or a server has another key or too little memory.
         """
         self.weight_version = 0
         self._setup = setup
@@ -140,7 +140,7 @@ class VllmServerEngine:
         return BroadcastTransport(kind, host=_own_address(url), timeout=self._config.server_timeout)
 
     def _bring_up(self, server: Server) -> None:
-        """The server answers and is joined to its transport. One of ours is started."""
+        """Starts the server, or finds it running, and joins its workers."""
         if self._config.server_urls:
             try:
                 server.wait_until_up(10)
@@ -152,11 +152,11 @@ class VllmServerEngine:
         server.call("/resume")  # another run may have ended in the middle of an update
 
     def _join(self, server: Server) -> None:
-        """The server's workers and this process meet; an update that was left half done is given up."""
+        """Joins the server's workers and this process; ends an update that another run left unfinished."""
         try:
             server.join()
             if self._config.server_urls:
-                give_up(server.control)
+                abort_update(server.control)
         except RuntimeError as error:
             raise ValueError(f"a server takes no weights ({error}): start it with launch/vllm_server.py.") from error
 
@@ -198,8 +198,8 @@ class VllmServerEngine:
     def sync(self, policy: torch.nn.Module) -> SyncReport:
         """Sends the policy's weights, or its adapter, to all servers; every process calls this.
 
-        Completions under way are frozen, go on with the new weights (their keys and values computed again), and carry
-        the older version. A server that is lost on the way gets everything once it is back.
+        Completions under way are paused and continue with the new weights (their keys and values are computed again);
+        they carry the older version. A server that is lost meanwhile gets all weights once it is back.
 
         Raises ValueError: vLLM has no place for a tensor, or one is missing; RuntimeError: no server takes the weights.
         """
@@ -228,7 +228,7 @@ class VllmServerEngine:
         return SyncReport(weight_version=version, tensors=tensors, bytes=size, seconds=time.perf_counter() - start)
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> tuple[int, int]:
-        """All weights to all servers, bucket by bucket. To the end, whatever they say: the other ranks gather along."""
+        """Sends all weights to all servers in buckets; to the end even after a refusal, since all ranks gather them."""
         tensors = size = 0
         with ThreadPoolExecutor(1) as pool:
             taking = pool.submit(self._each, self._ready(), self._begin)
@@ -256,10 +256,10 @@ class VllmServerEngine:
                 self._snapshot[name] = tensor.to("cpu", copy=True)
 
     def _each(self, servers: list[Server], action: Callable[[Server], Any]) -> list[Server]:
-        """Does `action` with all servers at once (on rank 0); returns those it worked with.
+        """Runs `action` on all servers at once (on rank 0) and returns those where it succeeded.
 
-        One that fails gets everything again from the monitor: a process of ours is killed and started anew. One that
-        has no place for the weights is a `_refusal`.
+        A server where it failed is lost, and gets all weights once it is back. Weights that do not fit the model are a
+        `_refusal`.
         """
         if self._rank != 0 or not servers:
             return []
@@ -269,7 +269,7 @@ class VllmServerEngine:
             if isinstance(error, RuntimeError) and any(words in str(error) for words in _MISFITS):
                 self._refusal = ValueError(f"vLLM refused the policy's weights: {error}")
             elif isinstance(error, ServerLostError | RuntimeError):
-                self._lose(server, server.life, error)
+                self._mark_lost(server, server.life, error)
             elif error is not None:
                 self._refusal = error
         return [server for server, error in zip(servers, errors, strict=True) if error is None]
@@ -285,8 +285,8 @@ class VllmServerEngine:
         server.call("/resume")
 
     def _release(self, server: Server) -> None:
-        """Ends an update that broke off, and lets go on what was frozen for it."""
-        give_up(server.control)
+        """Ends a broken update and resumes the paused completions."""
+        abort_update(server.control)
         server.call("/resume")
 
     def _send_adapter(self, policy: torch.nn.Module, version: int) -> tuple[int, int]:
@@ -310,8 +310,8 @@ class VllmServerEngine:
 
     # ---- faults ------------------------------------------------------------------------------------------------------
 
-    def _lose(self, server: Server, life: int, error: Exception) -> None:
-        """The server counts no longer, until the monitor has brought it back; unless that has happened already."""
+    def _mark_lost(self, server: Server, life: int, error: Exception) -> None:
+        """Marks the server as lost, unless it has come back since; its monitor restarts it."""
         with self._changed:
             if server.life == life and server.ready and not self._closing.is_set():
                 logger.warning("a vLLM server is lost, and what was under way is sent again: %s", error)
@@ -321,7 +321,7 @@ class VllmServerEngine:
             self._changed.notify_all()
 
     def _watch(self, server: Server) -> None:
-        """Brings the server back, as often as it is lost."""
+        """The server's monitor: restarts it whenever it is lost."""
         while not self._closing.wait(POLL_SECONDS):
             if (server.ready and not server.ended()) or self._closing.is_set():
                 continue
@@ -337,7 +337,7 @@ class VllmServerEngine:
                 self._changed.notify_all()
 
     def _bring_back(self, server: Server) -> None:
-        """Starts the server again (or finds it alive), and gives it what all serve."""
+        """Starts the server again (or finds it alive), and sends it the present weights."""
         if server.process is not None:
             server.kill()  # what is left of it
             self._bring_up(server)
@@ -354,7 +354,7 @@ class VllmServerEngine:
             server.ready = True
 
     def _send_again(self, server: Server) -> None:
-        """The weights of the last sync, from the copy."""
+        """Sends the weights of the last sync, from the copy in host memory."""
         if not self._snapshot:
             server.call("/resume")
             return
@@ -452,7 +452,7 @@ class VllmServerEngine:
                 answer = server.call("/inference/v1/generate", body, timeout=self._config.request_timeout)
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
                 if not self._has_weights:
-                    raise ValueError("the servers' weights are not whole: a sync failed while they sampled.")
+                    raise ValueError("the servers' weights are incomplete: a sync failed while they sampled.")
                 if len(choices) != count:
                     raise ServerLostError(f"{server.url} gave {len(choices)} completions of {count}")
                 return [self._row(choice, oldest) for choice in choices]
@@ -466,7 +466,7 @@ class VllmServerEngine:
                         f"the completions of one prompt were lost {losses} times; if no server dies, request_timeout "
                         f"({self._config.request_timeout:g} s) is too short. Last: {error}"
                     ) from error
-                self._lose(server, life, error)
+                self._mark_lost(server, life, error)
             finally:
                 with self._changed:
                     server.load -= count
@@ -502,7 +502,7 @@ class VllmServerEngine:
         return choice["token_ids"], logprobs, choice["finish_reason"], version
 
     def sleep(self) -> None:
-        """Servers have memory of their own: nothing to give back."""
+        """Nothing to free: servers have memory of their own."""
 
     def close(self) -> None:
         """Ends the servers that this run started."""
@@ -516,7 +516,7 @@ class VllmServerEngine:
             try:
                 server.transport.close()
             except Exception:
-                logger.warning("something of a weight transfer is left behind", exc_info=True)
+                logger.warning("a weight transfer could not be closed", exc_info=True)
         if self._rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._setup.folder, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""The policy's weights on their way into vLLM, both ends: the trainer's, and the back ends that vLLM's workers load.
+"""Sending the policy's weights to vLLM: the trainer's end, and the back end that vLLM's workers load.
 
 A full update speaks vLLM's native protocol: init_weight_transfer_engine once, then start_weight_update, update_weights
-for each bucket, finish_weight_update. What travels in these calls are plain dicts; the tensors go beside them. vLLM
-finds the workers' end through the entry point `vllm.general_plugins` (`register`), in every process that it starts. It
-is one back end, `plumbline`; the trainer says in the first call which way the tensors take: `direct` (the same
-process), `gloo` (network, CPU), `nccl` (other GPUs), `file`.
+for each bucket, finish_weight_update. These calls carry plain dicts; the tensors are sent separately. vLLM finds the
+workers' end through the entry point `vllm.general_plugins` (`register`), in every process that it starts. It is one
+back end, `plumbline`; the first call says how the tensors are sent: `direct` (the same process), `gloo` (network, CPU),
+`nccl` (other GPUs), `file`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def write_adapter(policy: Any, folder: Path, *, writes: bool) -> tuple[int, int]
 
 
 class Transport:
-    """The same process: the tensors themselves ride in the call."""
+    """In the same process: the tensors are arguments of the call."""
 
     kind = "direct"
 
@@ -101,7 +101,7 @@ class Transport:
         control("update_weights", update_info={"weights": bucket})
 
     def close(self) -> None:
-        """Leaves nothing behind."""
+        """Removes what the transfer has made."""
 
 
 class FileTransport(Transport):
@@ -144,7 +144,7 @@ class BroadcastTransport(Transport):
             from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
             meeting["master_port"] = free_port()
-        with _meanwhile(control, "init_weight_transfer_engine", init_info=meeting) as answer:
+        with _concurrently(control, "init_weight_transfer_engine", init_info=meeting) as answer:
             wait([answer], 0.5)
             if not (answer.done() and answer.exception()):  # else refused: nobody would come
                 self._group = (
@@ -155,7 +155,7 @@ class BroadcastTransport(Transport):
         if self._group is None:
             raise RuntimeError("the group of the workers has ended")
         try:  # the workers answer once they have received everything
-            with _meanwhile(control, "update_weights", update_info=describe(bucket)) as answer:
+            with _concurrently(control, "update_weights", update_info=describe(bucket)) as answer:
                 for _, tensor in bucket:
                     if answer.done():  # refused before anything was received: nobody would take the rest
                         break
@@ -180,10 +180,10 @@ def describe(bucket: Bucket) -> dict[str, list]:
     }
 
 
-def give_up(control: Control) -> None:
-    """Ends an update whose finish was refused: vLLM takes no new one before, and ends it when an update fails."""
+def abort_update(control: Control) -> None:
+    """Ends an unfinished update: vLLM takes no new one before that."""
     try:
-        control("update_weights", update_info={"given_up": True})
+        control("update_weights", update_info={"aborted": True})
     except (ValueError, RuntimeError):
         return
 
@@ -195,8 +195,8 @@ def free_port(wanted: int = 0) -> int:
 
 
 @contextmanager
-def _meanwhile(control: Control, method: str, **arguments: Any) -> Iterator[Future]:
-    """A call that runs beside the block, which ends with it. An error of the block does not wait for the call."""
+def _concurrently(control: Control, method: str, **arguments: Any) -> Iterator[Future]:
+    """Runs a call in a thread while the block runs, and waits for it; not after an error of the block."""
     pool = ThreadPoolExecutor(1)
     answer = pool.submit(control, method, **arguments)
     try:
@@ -276,7 +276,7 @@ def _worker_end() -> type:
             try:
                 self._load(update_info)
             except Exception:
-                _abandon(self.model)
+                _restore_modules(self.model)
                 raise
 
         def _load(self, update_info: dict[str, Any]) -> None:
@@ -299,7 +299,7 @@ def _worker_end() -> type:
                     each = pool.map if isinstance(self.group, torch.distributed.ProcessGroupGloo) else map
                     yield from zip(names, each(self._receive, dtypes, shapes), strict=True)
             else:
-                raise ValueError("the trainer gave this update up.")
+                raise ValueError("the trainer aborted this update.")
 
         def _receive(self, dtype: str, shape: list[int]) -> Tensor:
             gloo = isinstance(self.group, torch.distributed.ProcessGroupGloo)
@@ -308,9 +308,9 @@ def _worker_end() -> type:
             return tensor.to(self.device)
 
         def finish_weight_update(self) -> None:
-            missing = _missing(self.model)
+            missing = _unfilled_modules(self.model)
             if missing:
-                _abandon(self.model)
+                _restore_modules(self.model)
                 raise ValueError(f"the update left out weights of {', '.join(missing[:5])} ({len(missing)} modules).")
             super().finish_weight_update()
             head = getattr(self.model, "lm_head", None)
@@ -327,8 +327,8 @@ def _worker_end() -> type:
     return WorkerEnd
 
 
-def _abandon(model: nn.Module) -> None:
-    """Put together again what an update that failed had taken apart.
+def _restore_modules(model: nn.Module) -> None:
+    """Undo the start of an update that failed, in all modules of the model.
 
     vLLM would count its tensors as part of the next update, and other engines in the process share some modules.
     """
@@ -341,8 +341,8 @@ def _abandon(model: nn.Module) -> None:
             info.reset()
 
 
-def _missing(model: nn.Module) -> list[str]:
-    """Modules that the update under way has not filled, by vLLM's names: none of their weights came, or only parts."""
+def _unfilled_modules(model: nn.Module) -> list[str]:
+    """Modules, by vLLM's names, of which the present update has brought no weights or only parts."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, is_deferred_attention_layer
 

@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [R, A, 1, D] and returns all keys and values (transformers' signature; the rest is not for us)."""
+        """Appends [R, A, 1, D] and returns all keys and values (other arguments of transformers' signature are ignored)."""
         start, stop = self._length, self._length + key_states.shape[-2]
         for place, states in enumerate((key_states, value_states)):
             if stop > self._buffers[place].shape[-2]:
@@ -64,7 +64,7 @@ class PromptCache:
     """Keys and values of the distinct prompts, each computed once; a generation batch is copied out of it."""
 
     def __init__(self, config: PreTrainedConfig):
-        """Looks at the model's layers to know whether they can be stored in `GrowingLayer`s."""
+        """Finds out whether the model's layers can be stored in `GrowingLayer`s."""
         self._config = config
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         self.plain = all(type(layer) in plain for layer in DynamicCache(config=config).layers)

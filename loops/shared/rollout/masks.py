@@ -1,5 +1,4 @@
-"""Bad words and structured outputs of the vLLM engines: what vLLM cannot do is refused before it is asked, and tokens
-are scored as those of any other completion."""
+"""Bad words and structured outputs in vLLM: checked before anything is sent, scored over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def _check_grammar(kind: str, value: Any, *, on_gpu: bool) -> None:
 
 def score_before_masking() -> None:
     """Make vLLM's model runner take log-probabilities before a grammar's mask is applied, as it does with other masks.
-    Called, once or more often, in processes that sample.
+    Called in every process that samples; calling it again changes nothing.
 
     vLLM writes the mask into the logits, so that log-probabilities are renormalised over the few tokens that it leaves;
     the trainer's are over all. Here it goes the way of `allowed_token_ids`: the sampler applies it after scoring.

@@ -19,7 +19,7 @@ LOW_PRECISION_LIMIT = 2.0
 def check_sampler(
     microbatches: Sequence[Microbatch], policy: nn.Module, accelerator: Accelerator, limit: float
 ) -> None:
-    """Raise RuntimeError where a step's samples were scored otherwise than they were drawn, with the worst token.
+    """Raise RuntimeError, naming the worst token, where the trainer scores a step's samples differently.
 
     The worst thousandth of a process's tokens (one, of fewer than 2,000) may be further apart than `limit`: rounding in
     low precision has a long tail.

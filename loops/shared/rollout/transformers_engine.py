@@ -61,8 +61,8 @@ class TransformersEngine:
             tokenizer: decodes completions and knows the stop token; None leaves completions without text.
             max_decode_batch: sequences decoded together; 0 is all of a call.
             prefill_token_budget: prompt tokens, padding included, in one forward (a longer prompt goes alone).
-            check_every: tokens between two looks at which sequences have finished (each look waits for the device; in
-                between, finished ones are decoded in vain); 0 is 1 on a CPU and 8 elsewhere.
+            check_every: tokens between two checks for finished sequences (each check waits for the device; until then
+                finished ones are decoded further); 0 is 1 on a CPU and 8 elsewhere.
             autocast: makes the context of the trainer's forwards (mixed precision); None is none.
         """
         self.weight_version = 0
@@ -99,7 +99,7 @@ class TransformersEngine:
         return SyncReport(weight_version=self.weight_version, tensors=0, bytes=0, seconds=time.perf_counter() - start)
 
     def sleep(self) -> None:
-        """Nothing to give back: the weights are the policy's."""
+        """Nothing to free: the weights are the policy's."""
 
     def close(self) -> None:
         """Nothing to end."""
@@ -114,7 +114,7 @@ class TransformersEngine:
         prompt_numbers: list[int],
         arrived: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Samples n completions of each prompt; see `engine.Engine.sample`. They end together: no use of `arrived`.
+        """Samples n completions of each prompt; see `engine.Engine.sample`. All end at once, so `arrived` is not called.
 
         Raises ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, a stop token that the model
         does not have, stop strings or bad words without a tokenizer, or structured outputs, which only vLLM has;

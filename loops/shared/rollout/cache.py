@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [R, A, 1, D] and returns all keys and values (other arguments of transformers' signature are ignored)."""
+        """Appends [R, A, 1, D] and returns all keys and values (transformers' other arguments are ignored)."""
         start, stop = self._length, self._length + key_states.shape[-2]
         for place, states in enumerate((key_states, value_states)):
             if stop > self._buffers[place].shape[-2]:

@@ -114,7 +114,7 @@ class TransformersEngine:
         prompt_numbers: list[int],
         arrived: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """Samples n completions of each prompt; see `engine.Engine.sample`. All end at once, so `arrived` is not called.
+        """Samples n completions of each prompt; see `engine.Engine.sample`. All end at once: `arrived` is unused.
 
         Raises ValueError: no prompt numbers for some prompts, an empty prompt, n below 1, a stop token that the model
         does not have, stop strings or bad words without a tokenizer, or structured outputs, which only vLLM has;

@@ -141,7 +141,7 @@ def _why_it_ended(log: str, path: Path) -> Exception:
     """What a server's log says about its end; an end without an error, or for want of a port, is worth another try."""
     if sentence := one_sentence(log):
         return ValueError(sentence)
-    errors = re.findall(r"^.*\b(?:\w+Error|Exception|error): .+$", log, re.M)
+    errors = re.findall(r"^(?!.*WARNING).*\b(?:\w+Error|Exception|error): .+$", log, re.M)
     if not errors or "ddress already in use" in log:
         return ServerLostError(f"it ended while starting, killed or without its port (its log: {path})")
     return RuntimeError(f"a vLLM server ended while starting: {errors[-1].strip()[:300]} (its log: {path})")

@@ -154,17 +154,33 @@ def build_bins(examples: Sequence[Example], config: BatchConfig, *, seed: int) -
 def cut_step(
     lengths: Sequence[int], *, rank: int, num_processes: int, max_rows: int, max_tokens: int = 0
 ) -> list[list[int]]:
-    """Micro-batches of this process, as places in the step; every process gets the same number (some may be empty).
+    """Micro-batches of this process, as indices into the step's rows; as many on every process (some may be empty).
 
     lengths: tokens of each row of the step, or of each bin.
     """
-    cuts = []
-    for process in range(num_processes):
-        share = share_of_rank(lengths, rank=process, num_processes=num_processes)
-        own = [lengths[i] for i in share]
-        runs = best_fit(own, max_tokens) if max_tokens else cut_microbatches(own, max_rows=max_rows)
-        cuts.append([[share[i] for i in run] for run in runs])
-    return cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
+    shares = _assign_rows(lengths, num_processes)
+    share = [row for row in shares[:, rank].tolist() if row >= 0]
+    own = [lengths[row] for row in share]
+    if max_tokens:
+        runs: Sequence[Sequence[int]] = best_fit(own, max_tokens, range(len(own)))
+        count = len(runs) if num_processes == 1 else _most_bins(lengths, shares, max_tokens)
+    else:
+        runs, count = cut_microbatches(own, max_rows=max_rows), -(-len(shares) // max_rows)
+    return [[share[i] for i in run] for run in runs] + [[]] * (count - len(runs))
+
+
+def _most_bins(lengths: Sequence[int], shares: torch.Tensor, max_tokens: int) -> int:
+    """The largest number of bins that `best_fit` makes of a process's rows, for all processes at once.
+
+    shares: [laps, processes], from `_assign_rows`.
+    """
+    tokens = torch.tensor([*lengths, 0])[shares].clamp(max=max_tokens)  # row -1 has no tokens
+    num_bins = 2 * int(tokens.sum(0).max()) // max_tokens + 2  # any two bins of a process are more than one bin full
+    free = torch.full((shares.shape[1], num_bins), max_tokens)  # [processes, bins]; unopened bins are the emptiest
+    for lap in tokens:
+        room, fullest = torch.where(free >= lap[:, None], free, max_tokens + 1).min(dim=1)
+        free.scatter_(1, fullest[:, None], (room - lap)[:, None])
+    return int((free < max_tokens).sum(dim=1).max())
 
 
 def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> list[int]:
@@ -190,14 +206,17 @@ def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
 
 
 def share_of_rank(lengths: Sequence[int], *, rank: int, num_processes: int) -> list[int]:
-    """Places (in the step) of the rows that this process takes: counts differ by at most one, tokens are balanced.
+    """Indices (into the step's rows) that this process takes: counts differ by at most one, tokens are balanced.
 
     Rows are assigned in snake order, longest first: processes 0 .. n-1, then n-1 .. 0, and so on.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    mine = []
-    for i, row in enumerate(order):
-        lap, process = divmod(i, num_processes)
-        if (process if lap % 2 == 0 else num_processes - 1 - process) == rank:
-            mine.append(row)
-    return mine
+    return [row for row in _assign_rows(lengths, num_processes)[:, rank].tolist() if row >= 0]
+
+
+def _assign_rows(lengths: Sequence[int], num_processes: int) -> torch.Tensor:
+    """[laps, processes] the rows of each process, longest first; -1 where the last lap has none left."""
+    order = torch.tensor(lengths, dtype=torch.long).sort(descending=True, stable=True).indices
+    laps = -(-len(order) // num_processes)
+    shares = torch.nn.functional.pad(order, (0, laps * num_processes - len(order)), value=-1).view(laps, num_processes)
+    shares[1::2] = shares[1::2].flip(1)
+    return shares

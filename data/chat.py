@@ -8,11 +8,13 @@ it stands, and a token that straddles the end of the prompt belongs to the compl
 from __future__ import annotations
 
 import functools
+import itertools
 import os.path
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from data.tools import parse_tool_calls, parse_tools, with_probe_names
@@ -49,9 +51,13 @@ class EncodeConfig:
 class Example:
     """One SFT sequence: `is_target[i]` says that token i is trained on (never the first: nothing predicts it)."""
 
-    input_ids: list[int]
-    is_target: list[bool]
+    input_ids: Sequence[int]
+    is_target: Sequence[int]
     number: int = 0  # of the row in its data, from 1
+    num_targets: int = field(init=False)  # tokens that are trained on
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_targets", bytes(self.is_target[1:]).count(1))
 
 
 @dataclass(frozen=True)
@@ -59,25 +65,25 @@ class Pair:
     """One preference pair: its prompt and two whole completions, which may begin alike. Flags say as in `Example` which
     tokens of a completion are scored; none at all: every token."""
 
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
     number: int = 0  # of the row in its data, from 1
-    chosen_is_target: list[bool] = field(default_factory=list)
-    rejected_is_target: list[bool] = field(default_factory=list)
+    chosen_is_target: Sequence[int] = field(default_factory=list)
+    rejected_is_target: Sequence[int] = field(default_factory=list)
+    num_shared: int = field(init=False)  # tokens that both begin with and score alike; each keeps one of its own
 
-    def completions(self) -> list[tuple[list[int], list[bool]]]:
+    def __post_init__(self) -> None:
+        tokens = [zip(*completion, strict=True) for completion in self.completions()]
+        shared = min(_shared_length(*tokens), len(self.chosen_ids) - 1, len(self.rejected_ids) - 1)
+        object.__setattr__(self, "num_shared", shared)
+
+    def completions(self) -> list[tuple[Sequence[int], Sequence[int]]]:
         """(ids, which of them are targets) of the chosen and of the rejected completion."""
         return [
             (self.chosen_ids, self.chosen_is_target or [True] * len(self.chosen_ids)),
             (self.rejected_ids, self.rejected_is_target or [True] * len(self.rejected_ids)),
         ]
-
-    @property
-    def num_shared(self) -> int:
-        """Tokens that both completions begin with and score alike; each keeps one that is its own."""
-        chosen, rejected = (list(zip(*completion, strict=True))[:-1] for completion in self.completions())
-        return _shared_length(chosen, rejected)
 
     @property
     def num_tokens(self) -> int:
@@ -161,7 +167,7 @@ def encode_rows(
             bad[number] = error
         else:
             if encoded is not None:
-                kept.append(replace(encoded, number=number))
+                kept.append(_stored(encoded, number))
     if bad:
         (number, first), *others = bad.items()
         reason = str(first)
@@ -177,6 +183,18 @@ def encode_rows(
     if rows and not kept:
         raise ValueError(f"{report}: raise max_seq_length or look at the columns {', '.join(rows[0])}.")
     return kept, report
+
+
+def _stored(encoded: Encoded, number: int) -> Encoded:
+    """The same with its row's number, and arrays instead of lists: 5 bytes per token, not 40 (prompts stay lists, which
+    engines take)."""
+    if isinstance(encoded, Prompt):
+        return replace(encoded, number=number)
+    sequences = [one.name for one in fields(encoded) if one.init and one.name != "number"]
+    arrays: dict[str, Any] = {
+        name: array("b" if "is_target" in name else "i", getattr(encoded, name)) for name in sequences
+    }
+    return replace(encoded, number=number, **arrays)
 
 
 def _texts(value: Any) -> str:
@@ -430,12 +448,10 @@ def _prefix_ids(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _shared_length(left: Sequence[Any], right: Sequence[Any]) -> int:
+def _shared_length(left: Iterable[Any], right: Iterable[Any]) -> int:
     """How many ids (or flagged ids, or messages) two sequences share from the start."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+    equal = (a == b for a, b in zip(left, right, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, equal))
 
 
 # Conversations to text

@@ -178,7 +178,7 @@ def _to_tensor(pieces: Sequence[Sequence[int]], typecode: str) -> torch.Tensor:
     """All pieces one after the other, copied whole where they are arrays of the type already."""
     joined = array(typecode)
     for piece in pieces:
-        joined.extend(piece)
+        joined.frombytes(piece) if isinstance(piece, bytes) else joined.extend(piece)
     dtype = {"i": torch.int32, "b": torch.int8}[typecode]
     return torch.frombuffer(joined, dtype=dtype) if joined else torch.empty(0, dtype=dtype)
 

@@ -147,7 +147,7 @@ def main(config: Config) -> None:
         microbatches = build_microbatches(rows, bins, config, accelerator)
         # one denominator for all micro-batches of all processes, counted before the first backward:
         # so the step cannot depend on how its rows are cut and shared out
-        num_tokens = sum(sum(example.is_target[1:]) for row in rows for example in bins[row])
+        num_tokens = sum(example.num_targets for row in rows for example in bins[row])
 
         # update
         run.set_phase(step, "the update")

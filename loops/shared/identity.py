@@ -92,7 +92,7 @@ def rows_digest(rows: Sequence) -> str:
     digest = hashlib.sha256()
     for row in rows:
         for name, value in vars(row).items():
-            if name == "number":  # its place in the data, for messages
+            if name in ("number", "num_targets", "num_shared"):  # for messages; counts of the rest
                 continue
             try:
                 part = array("q", value).tobytes()

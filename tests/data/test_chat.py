@@ -574,7 +574,7 @@ def test_real_pairs_share_their_prompt_and_end_with_the_stop_token(name):
     assert report.kept == len(rows)
     for row, pair in zip(rows, pairs, strict=True):
         prompt = encode_prompt(row, tokenizer, config)
-        assert pair.prompt_ids == prompt.prompt_ids
+        assert list(pair.prompt_ids) == prompt.prompt_ids
         assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(pair.prompt_ids + pair.chosen_ids).endswith(row["chosen"][0]["content"] + "<|im_end|>")
 

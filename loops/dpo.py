@@ -15,12 +15,11 @@ once, before training), add up the loss, backward; clip, step.
 Legend: P pairs, B = 2P sequences (chosen and rejected in turn), T tokens.
 """
 
-import hashlib
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from configs.loader import dump_config, load_config
 from data import batches, pack
@@ -31,6 +30,7 @@ from loops.shared import models, optim, rollout
 from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
+from loops.shared.reference import build_reference, fingerprint
 from loops.shared.rollout import RolloutConfig
 from loops.shared.run import RunConfig, one_sentence_errors, start_run
 from losses.dpo import check_options, dpo_loss
@@ -65,9 +65,9 @@ class Config:
         check_options(self.beta, self.loss_type, self.label_smoothing)
 
 
-def build_microbatches(rows, pairs, table, config, accelerator):
+def build_microbatches(rows, pairs, config, accelerator):
     """Packed micro-batches of this process's share of the rows (numbers of pairs); as many on every
-    process. Each is (batch, reference's log-probabilities [B] out of `table` [pairs, 2], or None).
+    process. Each is (batch, numbers of its pairs).
     """
     cuts = batches.cut_step(
         [pairs[row].num_tokens for row in rows],
@@ -80,70 +80,18 @@ def build_microbatches(rows, pairs, table, config, accelerator):
     for cut in cuts:
         chosen = [rows[place] for place in cut]
         batch = pack.pack_pairs([pairs[row] for row in chosen]).to(accelerator.device)
-        microbatches.append((batch, None if table is None else table[chosen].flatten()))
+        microbatches.append((batch, chosen))
     return microbatches
 
 
-def reference_logps(reference, batch, accelerator, packing):
-    """Log-probability of each completion under the reference: [B], sums over its tokens."""
-    with accelerator.autocast(), reference.active() as model:
-        return score(model, batch, packing=packing).logprobs.sum(dim=1)
-
-
-def fingerprint(pairs, config, accelerator):
-    """Digest of all that decides the reference's scores, and of nothing that only costs time."""
-    model = config.model
-    names = "model_id revision from_scratch load_in_8bit load_in_4bit"
-    if model.load_in_4bit:
-        names += " bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant"
-    source = [getattr(model, name) for name in names.split()]
-    source += [config.run.seed if model.from_scratch else None]
-    source += [models.resolve_dtype(model, accelerator.device), accelerator.mixed_precision]
-    digest = hashlib.sha256(repr(source).encode())
-    for pair in pairs:  # without its number, which is for messages
-        digest.update(repr((pair.prompt_ids, pair.completions())).encode())
-    return digest.hexdigest()
-
-
-def precompute(reference, pairs, file, config, accelerator, packing):
-    """`reference_logps` of all pairs, [pairs, 2], kept in `file` under their `fingerprint`.
-
-    A file that is there is taken if its fingerprint and, recomputed, its first pairs agree;
-    otherwise ValueError.
-    """
-    mark, first = fingerprint(pairs, config, accelerator), accelerator.is_main_process
-    known = torch.load(file, weights_only=True) if first and file.exists() else None
-    (known,) = broadcast_object_list([known])  # other processes may see an older file, or none
-    wanted = range(len(pairs) if known is None else min(len(pairs), 4 * accelerator.num_processes))
-    table = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    numbers = torch.arange(2 * len(pairs)).view(-1, 2)
-    for batch, places in build_microbatches(wanted, pairs, numbers, config, accelerator):
-        logps = reference_logps(reference, batch, accelerator, packing)
-        table.view(-1)[places] = logps.double().cpu()
-    table = accelerator.reduce(table.to(accelerator.device), "sum")
-    if known is None:
-        if first:
-            torch.save({"fingerprint": mark, "logps": table.cpu()}, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
-        return table
-    stored = known["logps"].to(table)
-    half = accelerator.mixed_precision != "no" or next(reference.model.parameters()).itemsize < 4
-    bounds = {"rtol": 1e-3, "atol": 1.0 if half else 0.01}
-    if known["fingerprint"] != mark or not torch.allclose(stored[wanted], table[wanted], **bounds):
-        differs = "was computed from another model, other pairs or settings"
-        raise ValueError(f"{file} {differs}; delete it to compute it again.")
-    return stored
-
-
 @torch.no_grad()
-def evaluation_metrics(policy, reference, microbatches, config, accelerator, packing):
+def evaluation_metrics(policy, reference, microbatches, config, accelerator):
     """Loss, and accuracy and margin of the rewards, on evaluation pairs."""
     policy.eval()
     metrics = Metrics()
-    for batch, ref_logps in microbatches:
-        if ref_logps is None:
-            ref_logps = reference_logps(reference, batch, accelerator, packing)
-        logps = score(policy, batch, packing=packing).logprobs.sum(dim=1)  # [B]
+    for batch, rows in microbatches:
+        ref_logps = reference.sequence_logprobs(batch, rows, "eval")  # [B]
+        logps = score(policy, batch).logprobs.sum(dim=1)  # [B]
         lengths = batch.mask.sum(dim=1)
         loss, terms = dpo_loss(
             logps[0::2], logps[1::2], *ref_logps.to(logps).view(-1, 2).unbind(1), beta=config.beta,
@@ -188,8 +136,8 @@ def main(config: Config) -> None:
     check_context(policy, longest, setting="max_seq_length", say=run.print_main)
     first = pack.pack_check([pair.prompt_ids + pair.chosen_ids for pair in pairs[:2]], longest)
     wanted, compiled = config.batch.packing, config.model.compile
-    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
-    reference = models.build_reference(policy)
+    choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
+    reference = build_reference(policy, accelerator.autocast)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = batches.steps_per_epoch(len(pairs), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
@@ -202,14 +150,14 @@ def main(config: Config) -> None:
         run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer, reference)
     run.create_folder(total_steps, rows=pairs, rows_per_step=rows_per_step)
-    table = eval_table = None
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
         began = time.perf_counter()
-        files = [run.folder / f"reference_{name}.pt" for name in ("train", "eval")]
-        table = precompute(reference, pairs, files[0], config, accelerator, packing)
-        eval_table = precompute(reference, eval_pairs, files[1], config, accelerator, packing)
+        for split, given in (("train", pairs), ("eval", eval_pairs)):
+            cut = partial(build_microbatches, pairs=given, config=config, accelerator=accelerator)
+            mark = fingerprint(given, config.model, seed, accelerator)
+            reference.precompute(split, len(given), cut, run.folder, mark, accelerator)
         run.pending["time/reference"] = time.perf_counter() - began
-        reference = None  # a copy's memory is free again
+        reference.release()  # a copy's memory is free again
     start = run.resume(policy, optimizer, scheduler)
 
     def evaluate() -> dict[str, float]:
@@ -218,9 +166,8 @@ def main(config: Config) -> None:
             engine, eval_prompts, eval_rewards, sampling=config.rollout, accelerator=accelerator,
             policy=policy,
         )  # fmt: skip
-        microbatches = build_microbatches(everything, eval_pairs, eval_table, config, accelerator)
-        given = (reference, microbatches, config, accelerator, packing)
-        metrics |= evaluation_metrics(policy, *given)
+        microbatches = build_microbatches(everything, eval_pairs, config, accelerator)
+        metrics |= evaluation_metrics(policy, reference, microbatches, config, accelerator)
         return metrics | {"time/eval": time.perf_counter() - began}
 
     if start == 0 and eval_pairs:
@@ -231,19 +178,18 @@ def main(config: Config) -> None:
         rows = batches.rows_of_step(
             step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed
         )
-        microbatches = build_microbatches(rows, pairs, table, config, accelerator)
+        microbatches = build_microbatches(rows, pairs, config, accelerator)
 
         # update; the denominator is the number of pairs of the step, over all processes
         run.set_phase(step, "the update")
         for mb in microbatches:
-            batch, ref_logps = mb
+            batch, numbers_of_pairs = mb
             # until the last backward gradients only add up; then DDP exchanges them
             with optim.accumulate(accelerator, policy, last=mb is microbatches[-1]):
-                if ref_logps is None:
-                    ref_logps = reference_logps(reference, batch, accelerator, packing)
-                scores = score(policy, batch, packing=packing)  # log-probabilities, entropy: [B, T]
-                logps, lengths = scores.logprobs.sum(dim=1), batch.mask.sum(dim=1)  # [B], [B]
-                ref_logps = ref_logps.to(logps)  # [B]
+                ref_logps = reference.sequence_logprobs(batch, numbers_of_pairs)  # [B]
+                logprobs, entropy = score(policy, batch)  # [B, T], [B, T]
+                logps, lengths = logprobs.sum(dim=1), batch.mask.sum(dim=1)  # [B], [B]
+                ref_logps = ref_logps.to(logps)
                 loss, terms = dpo_loss(  # eq. 7 of the paper; a sum over pairs
                     logps[0::2],  # [P] of the policy, chosen
                     logps[1::2],  # [P] rejected
@@ -260,7 +206,7 @@ def main(config: Config) -> None:
             run.guard.seen(loss, batch.numbers)
             metrics.means(terms, len(logps) // 2)
             metrics.mean("loss/dpo", loss.detach(), len(logps) // 2)
-            metrics.mean("policy/entropy", scores.entropy.detach().sum(), len(batch.rows))
+            metrics.mean("policy/entropy", entropy.detach().sum(), len(batch.rows))
             metrics.sum("tokens/loss", len(batch.rows))  # a shared beginning counts in both
             metrics.sum("tokens/computed", batch.num_tokens)
         grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)

@@ -28,6 +28,7 @@ from loops.shared import models, optim, rollout
 from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
+from loops.shared.reference import build_reference
 from loops.shared.rollout import RolloutConfig
 from loops.shared.run import RunConfig, one_sentence_errors, start_run
 from losses.grpo import check_options, group_advantages, grpo_loss, loss_denominator
@@ -171,8 +172,8 @@ def main(config: Config) -> None:
     check_context(policy, longest, setting="max_completion_length or max_seq_length", say=say)
     first = pack.pack_check([prompt.prompt_ids for prompt in prompts[:2]], longest)
     wanted, compiled = config.batch.packing, config.model.compile
-    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=say)
-    reference = models.build_reference(policy) if config.beta else None
+    choose_packing(policy, first, wanted=wanted, compile=compiled, say=say)
+    reference = build_reference(policy, accelerator.autocast) if config.beta else None
     rows_per_step = config.prompts(accelerator.num_processes)
     epoch_steps = batches.steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
@@ -264,12 +265,8 @@ def main(config: Config) -> None:
                 # until the last backward gradients only add up; then DDP exchanges them
                 with optim.accumulate(accelerator, policy, last=mb is microbatches[-1]):
                     if reference is not None and mb.ref_logprobs is None:
-                        with accelerator.autocast(), reference.active() as model:
-                            mb.ref_logprobs = score(
-                                model, mb.batch, temperature=temperature, packing=packing
-                            ).logprobs
-                    scores = score(policy, mb.batch, temperature=temperature, packing=packing)
-                    logprobs, entropy = scores.logprobs, scores.entropy  # [B, T], [B, T]
+                        mb.ref_logprobs = reference.logprobs(mb.batch, temperature)  # [B, T]
+                    logprobs, entropy = score(policy, mb.batch, temperature)  # [B, T], [B, T]
                     if mb.old_logprobs is None:  # nothing was updated since sampling
                         mb.old_logprobs = logprobs.detach()
                     loss, terms = grpo_loss(  # eq. 3 of the paper; a sum over tokens

@@ -66,13 +66,13 @@ def build_microbatches(rows, bins, config, accelerator):
 
 
 @torch.no_grad()
-def evaluation_loss(policy, examples, config, accelerator, packing):
+def evaluation_loss(policy, examples, config, accelerator):
     """`eval/loss`: the loss per target token of the evaluation rows."""
     policy.eval()
     metrics, bins = Metrics(), [[example] for example in examples]
     for batch in build_microbatches(range(len(bins)), bins, config, accelerator):
-        scores = score(policy, batch, packing=packing)
-        loss, _ = sft_loss(scores.logprobs, batch.mask, loss_type=config.loss_type)
+        logprobs, _ = score(policy, batch)  # [B, T]
+        loss, _ = sft_loss(logprobs, batch.mask, loss_type=config.loss_type)
         metrics.mean("eval/loss", loss, len(batch.targets))
     policy.train()
     return metrics.reduce(accelerator)
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
     check_context(policy, longest, setting="max_seq_length", say=run.print_main)
     first = pack.pack_check([example.input_ids for example in examples[:2]], longest)
     wanted, compiled = config.batch.packing, config.model.compile
-    packing = choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
+    choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
     bins, packed = batches.build_bins(examples, config.batch, seed=seed)
     run.print_main(f"packing_strategy: {packed}")
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
             engine, eval_prompts, eval_rewards, sampling=config.rollout, accelerator=accelerator,
             policy=policy,
         )  # fmt: skip
-        metrics |= evaluation_loss(policy, eval_examples, config, accelerator, packing)
+        metrics |= evaluation_loss(policy, eval_examples, config, accelerator)
         return metrics | {"time/eval": time.perf_counter() - began}
 
     if start == 0 and eval_examples:
@@ -154,15 +154,15 @@ def main(config: Config) -> None:
         for batch in microbatches:
             # until the last backward gradients only add up; then DDP exchanges them
             with optim.accumulate(accelerator, policy, last=batch is microbatches[-1]):
-                scores = score(policy, batch, packing=packing)  # log-probabilities, entropy: [B, T]
-                loss, terms = sft_loss(scores.logprobs, batch.mask, loss_type=config.loss_type)
+                logprobs, entropy = score(policy, batch)  # [B, T], [B, T]
+                loss, terms = sft_loss(logprobs, batch.mask, loss_type=config.loss_type)
                 # the loss is a sum over tokens; DDP and FSDP average gradients over processes
                 accelerator.backward(loss * accelerator.num_processes / num_tokens)
             run.guard.seen(loss, batch.numbers)
             targets = len(batch.targets)
             metrics.means(terms, targets)
             metrics.mean("loss/sft", loss.detach(), targets)
-            metrics.mean("policy/entropy", scores.entropy.detach().sum(), targets)
+            metrics.mean("policy/entropy", entropy.detach().sum(), targets)
             metrics.sum("tokens/loss", targets)
             metrics.sum("tokens/computed", batch.num_tokens)  # with those that are no targets
         grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)

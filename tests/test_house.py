@@ -31,7 +31,7 @@ ALLOWED = {  # room -> what its files may import besides the standard library an
 INSIDE_FUNCTIONS = {"bitsandbytes", "torchao", "flash_attn", "vllm", "mlflow", "wandb", "tensorboard", "rouge_score"}
 INSIDE_FUNCTIONS |= {"sagemaker", "boto3", "botocore", "moto", "pyarrow"}
 SHARED = {"__init__", "run", "models", "policy", "attention", "optim", "layers", "weights", "checkpoint", "tracking"}
-SHARED |= {"adapters", "metrics"}
+SHARED |= {"adapters", "reference", "metrics"}
 SHARED |= {"sharding", "failures", "launcher", "identity", "run_folder", "checkpoint_files", "optimizer_state"}
 
 

@@ -1,8 +1,7 @@
-"""Tokenizer, policy (full, LoRA, 8-bit, 4-bit) and reference model, built from one config by all three loops."""
+"""Tokenizer and policy (full, LoRA, 8-bit, 4-bit), built from one config by all three loops."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import logging
@@ -18,18 +17,13 @@ import torch
 from torch import nn
 
 from loops.shared.adapters import (
-    ADAPTER,
-    REFERENCE_ADAPTER,
     SavedAdapter,
     add_adapter,
-    changes_nothing,
     continue_adapter,
     disable_bnb_eval_kernels,
     modules_without_text,
-    quiet_peft,
-    upcast_modules_to_save,
 )
-from loops.shared.layers import checkpoint_activations, offload_activations, parameter_counts, reshard
+from loops.shared.layers import checkpoint_activations, offload_activations, parameter_counts
 from loops.shared.tracking import first_line
 
 if TYPE_CHECKING:
@@ -334,82 +328,6 @@ def parameter_line(model: nn.Module) -> str:
     """One line for the log, such as `trains 1,024 of 66,560 parameters (1.54%), 0.3 MB of weights`."""
     trainable, total, size = parameter_counts(model)
     return f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {size / 1e6:,.1f} MB of weights"
-
-
-class Reference:
-    """The policy as it stood at the start: what KL terms and DPO compare with.
-
-    `model` is what to call, inside `with reference.active():`. Inside, nothing takes gradients and evaluation mode (no
-    dropout) holds; adapter, gradient flags and training mode are the policy's own again afterwards.
-    """
-
-    def __init__(self, model: nn.Module, kind: str) -> None:
-        self.model = model
-        self.kind = kind
-        """`copy` (frozen copy), `base` (adapter off), or `adapter` (frozen copy of the starting adapter)."""
-
-    @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        with torch.no_grad():
-            if self.kind == "copy":
-                yield self.model
-                return
-            policy: Any = self.model
-            reshard(policy)  # flags belong to the shards, and units left gathered would show other parameters
-            was_training = policy.training
-            # peft turns requires_grad of whole adapters on and off as it switches between them.
-            flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-            policy.eval()
-            try:
-                if self.kind == "base":
-                    with policy.disable_adapter():
-                        yield policy
-                else:
-                    policy.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-                    yield policy
-            finally:
-                reshard(policy)
-                if self.kind == "adapter":
-                    policy.set_adapter(ADAPTER)
-                for parameter, flag in flags:
-                    parameter.requires_grad_(flag)
-                policy.train(was_training)
-
-
-def build_reference(policy: PreTrainedModel | PeftModel) -> Reference:
-    """The reference of a policy as it is now. Call before sharding, before resuming, and before the first step.
-
-    A policy without adapter is copied. A fresh adapter changes nothing yet, so switching it off gives the start back.
-    An adapter that is continued is copied beside itself, frozen; exports leave the copy out.
-    """
-    from peft import PeftModel
-
-    assert all("forward" not in vars(module) for module in policy.modules()), (
-        "a forward set on an instance would still be the policy's own in the copy"
-    )
-    if not isinstance(policy, PeftModel):
-        return Reference(copy.deepcopy(policy).requires_grad_(False).eval(), "copy")
-    if changes_nothing(policy):
-        return Reference(policy, "base")
-
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    device = next(policy.parameters()).device
-    with quiet_peft("reference"), _seeded(0, device):  # the random start is overwritten; leave the caller's state alone
-        settings = copy.deepcopy(policy.peft_config[ADAPTER])
-        settings.init_lora_weights = True  # pissa, olora, loftq, ... would change the base weights a second time
-        policy.add_adapter(REFERENCE_ADAPTER, settings)
-    policy.set_adapter(ADAPTER)
-    upcast_modules_to_save(policy)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parts = name.split(".")
-            if REFERENCE_ADAPTER in parts:
-                original = ".".join(ADAPTER if part == REFERENCE_ADAPTER else part for part in parts)
-                parameter.copy_(policy.get_parameter(original)).requires_grad_(False)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    disable_bnb_eval_kernels(policy)
-    return Reference(policy.train(policy.training), "adapter")
 
 
 def _build_base(config: ModelConfig, source: Source, device: torch.device, for_fsdp: bool) -> PreTrainedModel:

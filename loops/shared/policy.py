@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -25,9 +25,8 @@ from loops.shared.layers import LOGITS_TOLERANCE, base_model, largest_list
 from losses.logprobs import token_logprobs
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the policy says of a batch's targets; zero where the batch's mask is False."""
+class Scores(NamedTuple):
+    """Log-probability and entropy of a batch's targets; zero where the batch's mask is False."""
 
     logprobs: Tensor  # [B, T]
     entropy: Tensor  # [B, T] in nats
@@ -48,6 +47,8 @@ class _Head(nn.Linear):
 
 class _PackedForward:
     """Mixed into a causal LM's class by `enable_packing`."""
+
+    takes_packed_batches = True  # an instance that the self-check found not packable has False
 
     def packed_forward(self, packed, temperature: float) -> tuple[Tensor, Tensor]:
         """(log-probabilities [K], entropies [K]) of the batch's targets."""
@@ -129,7 +130,13 @@ def enable_packing(model: nn.Module) -> None:
         # same name, so that an exported config.json still names the architecture
         names = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
         causal_lm.__class__ = type(original.__name__, (_PackedForward, original), names)
+    causal_lm.takes_packed_batches = True
     causal_lm.set_attn_implementation(register_attention())
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether a model, below its wrappers, takes packed batches: `enable_packing` prepared it for them."""
+    return getattr(base_model(model), "takes_packed_batches", False)
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -142,14 +149,19 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=True)
 
 
-def score(model: nn.Module, batch, *, temperature: float = 1.0, packing: bool = True) -> Scores:
-    """Log-probability and entropy of every target of a `data.pack.PackedBatch` under softmax(logits / temperature).
+def score(policy: nn.Module, batch, temperature: float = 1.0) -> Scores:
+    """(log-probabilities [B, T], entropies [B, T]) of a `data.pack.PackedBatch` under softmax(logits / temperature).
 
-    `packing` takes the packed forward (the model went through `enable_packing`), otherwise the plain padded one.
+    A model that `enable_packing` prepared takes the packed forward, any other one the plain forward of padded rows.
     """
-    if packing:
-        logprobs, entropy = model(packed=batch, temperature=temperature)
-        return Scores(batch.scatter(logprobs), batch.scatter(entropy))
+    if not is_packed(policy):
+        return score_plain(policy, batch, temperature)
+    logprobs, entropy = policy(packed=batch, temperature=temperature)
+    return Scores(batch.scatter(logprobs), batch.scatter(entropy))
+
+
+def score_plain(model: nn.Module, batch, temperature: float = 1.0) -> Scores:
+    """What `score` returns, from the plain forward of padded rows, whatever the model is prepared for."""
     with torch.compiler.set_stance("force_eager"):
         logprobs, entropy = _plain_forward(model, batch, temperature)
     return Scores(batch.scatter_entries(logprobs), batch.scatter_entries(entropy))
@@ -211,7 +223,7 @@ def _difference(model: nn.Module, batch, dtype: torch.dtype) -> float:
         name = type(base_model(model)).__name__
         raise NotPackable(f"the packed forward of {name} is not possible ({error})") from error
     with compare_masks(batch.padded()[1].sum(dim=1)):
-        plain = score(model, batch, packing=False).logprobs
+        plain = score_plain(model, batch).logprobs
     rows = [row[mask] for row, mask in zip((packed - plain).abs(), batch.mask, strict=True) if mask.any()]
     by_row = [row.median() if dtype.itemsize == 2 else row.max() for row in rows]
     return torch.stack(by_row).max().item() if rows else 0.0
@@ -294,6 +306,7 @@ def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = Fal
         (reason,) = broadcast_object_list([reason])
     if reason:  # some models leave to an attention that they do not know what they do themselves for their own
         base_model(model).set_attn_implementation(own_attention)
+        base_model(model).takes_packed_batches = False
     say(
         f"packing: off, {reason}"
         if reason

@@ -38,7 +38,7 @@ from loops.shared.identity import (
 )
 from loops.shared.launcher import start_accelerator, started_by_accelerate
 from loops.shared.metrics import Metrics
-from loops.shared.models import ModelConfig, Reference
+from loops.shared.models import ModelConfig
 from loops.shared.run_folder import claim_folder, list_contents, read_json, release_claim, take_folder, writing_to
 from loops.shared.sharding import Sharding, is_sharded, prepare, read_sharding, sharding_line
 from loops.shared.tracking import (
@@ -270,7 +270,7 @@ class Run:
         """Whether models are split over processes."""
         return is_sharded(self.accelerator)
 
-    def prepare(self, policy: nn.Module, optimizer, reference: Reference | None = None):
+    def prepare(self, policy: nn.Module, optimizer, reference=None):
         """(policy, optimizer), wrapped or sharded; from here on each process has random numbers of its own."""
         values = not self.settings.get("model", {}).get("from_scratch")
         digest = weights_digest(policy, values) if self.accelerator.is_main_process else None

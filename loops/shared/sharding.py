@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from loops.shared.layers import checkpoint_activations, layer_classes
 
 if TYPE_CHECKING:
-    from loops.shared.models import Reference
+    from loops.shared.reference import Reference
 
 
 @dataclass(frozen=True, kw_only=True)

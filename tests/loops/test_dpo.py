@@ -11,8 +11,9 @@ from data.batches import BatchConfig
 from data.chat import EncodeConfig, Pair, encode_pair, encode_prompt
 from data.pack import pack_pairs
 from loops import dpo
-from loops.shared.models import ModelConfig, build_reference
+from loops.shared.models import ModelConfig
 from loops.shared.policy import score
+from loops.shared.reference import Reference, build_reference, fingerprint
 from loops.shared.run import RunConfig
 from losses.dpo import LOSS_TYPES, dpo_loss
 from tests.loops.test_steps import tiny_policy
@@ -55,9 +56,9 @@ def textbook_loss(loss_type, policy, reference, counts, beta):
     }[loss_type]
 
 
-def moved_policy():
+def moved_policy(packing):
     """(policy, its reference): all weights times 1.1 and as they were."""
-    policy = tiny_policy()
+    policy = tiny_policy(packing=packing)
     reference = build_reference(policy)
     with torch.no_grad():
         for p in policy.parameters():
@@ -65,10 +66,9 @@ def moved_policy():
     return policy, reference
 
 
-def loss_of(policy, reference, batch, config, packing):
+def loss_of(policy, ref_logps, batch, config):
     """As the loop computes it."""
-    logps = score(policy, batch, packing=packing).logprobs.sum(dim=1)
-    ref_logps = dpo.reference_logps(reference, batch, Accelerator(cpu=True), packing)
+    logps = score(policy, batch).logprobs.sum(dim=1)
     lengths = batch.mask.sum(dim=1)
     return dpo_loss(
         *(logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2]),
@@ -82,14 +82,15 @@ def loss_of(policy, reference, batch, config, packing):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "plain"])
 def test_loss_and_gradient_are_those_of_whole_completions(loss_type, packing, only_float64):
-    """Float64, 1e-12, all pairs in one batch and each alone."""
+    """Float64, 1e-12, all pairs in one batch and each alone; the reference is a model or a table."""
     beta = 0.5
-    config = dpo.Config(loss_type=loss_type, beta=beta, batch=BatchConfig(packing=packing))
-    policy, reference = moved_policy()
+    config = dpo.Config(loss_type=loss_type, beta=beta)
+    policy, reference = moved_policy(packing)
     for chosen in [*([pair] for pair in PAIRS.values()), list(PAIRS.values())]:
         policy.zero_grad()
         batch = pack_pairs(chosen)
-        loss, terms = loss_of(policy, reference, batch, config, packing)
+        ref_logps = reference.sequence_logprobs(batch, range(len(chosen)))
+        loss, terms = loss_of(policy, ref_logps, batch, config)
         loss.backward()
         got = {name: p.grad.clone() for name, p in policy.named_parameters()}
         policy.zero_grad()
@@ -105,6 +106,11 @@ def test_loss_and_gradient_are_those_of_whole_completions(loss_type, packing, on
         assert float(terms["policy/rejected_logps"]) == pytest.approx(sum(float(own[1]) for own, _ in logps))
         assert len(batch.rows) == sum(sum(counts) for _, counts in logps)  # a shared beginning counts in both
         assert batch.num_tokens == sum(pair.num_tokens for pair in chosen)
+        table = Reference(None, "copy")  # whose model is gone
+        table.tables["train"] = ref_logps.double().view(-1, 2).flip(0)
+        backwards = list(reversed(range(len(chosen))))
+        again, _ = loss_of(policy, table.sequence_logprobs(batch, backwards), batch, config)
+        assert float(again) == pytest.approx(loss.item(), abs=1e-12)
 
 
 def test_completions_that_differ_in_the_last_digit_are_whole():
@@ -144,7 +150,7 @@ def test_reference_scores_are_known_by_what_decides_them():
             run=RunConfig(seed=seed),
             **loss or {},
         )
-        return dpo.fingerprint(pairs, config, accelerator)
+        return fingerprint(pairs, config.model, config.run.seed, accelerator)
 
     free = [{key: True} for key in ("gradient_checkpointing", "activation_offloading", "merge_weights", "use_dora")]
     free += [{"compile": True}, {"attn_implementation": "eager"}, {"lora_r": 4}, {"lora_dropout": 0.1}, {"seed": 1}]

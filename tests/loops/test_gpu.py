@@ -8,7 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from data.pack import pack_groups
 from loops.shared.attention import Layout, flash_call, packed_attention
-from loops.shared.policy import TOLERANCE, enable_packing, score, self_check
+from loops.shared.policy import TOLERANCE, enable_packing, score, score_plain, self_check
 from tests.loops.test_runs import LOOPS, run
 
 pytestmark = [
@@ -55,9 +55,9 @@ def test_packed_bf16_is_as_near_to_fp32_as_plain_bf16():
     model = copy.deepcopy(exact).bfloat16()
     enable_packing(model)
     batch = pack_groups(groups()).to("cuda")
-    reference = score(exact, batch, packing=False).logprobs
+    reference = score_plain(exact, batch).logprobs
     packed = (score(model, batch).logprobs - reference).abs().mean()
-    plain = (score(model, batch, packing=False).logprobs - reference).abs().mean()
+    plain = (score_plain(model, batch).logprobs - reference).abs().mean()
     assert packed <= 1.2 * plain
     difference, reason = self_check(model, batch, compute_dtype=torch.bfloat16)
     assert reason is None and difference < TOLERANCE[torch.bfloat16]
@@ -67,7 +67,7 @@ def test_fp32_on_a_gpu_is_exact():
     model = tiny(torch.float32)
     enable_packing(model)
     batch = pack_groups(groups()).to("cuda")
-    assert (score(model, batch).logprobs - score(model, batch, packing=False).logprobs).abs().max() < 1e-4
+    assert (score(model, batch).logprobs - score_plain(model, batch).logprobs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("loop", LOOPS)

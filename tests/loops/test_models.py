@@ -43,12 +43,12 @@ from loops.shared.layers import parameter_counts
 from loops.shared.models import (
     ModelConfig,
     build_policy,
-    build_reference,
     build_tokenizer,
     check_vocabulary,
     find_source,
     parameter_line,
 )
+from loops.shared.reference import build_reference
 from loops.shared.weights import export_model, iter_weights
 
 VOCABULARY = 64

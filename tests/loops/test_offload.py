@@ -67,10 +67,10 @@ def batch():
     return pack_groups([(draw(10), [draw(5 + j) for j in range(3)]) for _ in range(3)])
 
 
-def gradients(model: nn.Module, packing: bool = True) -> list[Tensor]:
+def gradients(model: nn.Module) -> list[Tensor]:
     """One forward and backward, with the same dropout each time."""
     torch.manual_seed(1)
-    scores = score(model, batch(), packing=packing)
+    scores = score(model, batch())
     (scores.logprobs.sum() + scores.entropy.sum()).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -80,11 +80,11 @@ def gradients(model: nn.Module, packing: bool = True) -> list[Tensor]:
 @pytest.mark.parametrize("packing", [False, True])
 def test_gradients_are_the_same_to_the_bit(lora, checkpointing, packing, parked):
     setting = dict(lora=lora, checkpointing=checkpointing, packing=packing)
-    expected = gradients(tiny(**setting), packing)
+    expected = gradients(tiny(**setting))
     assert not parked
     model = tiny(**setting)
     offload_activations(model)
-    got = gradients(model, packing)
+    got = gradients(model)
     assert parked and len(got) == len(expected) > 0
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 

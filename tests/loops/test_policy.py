@@ -10,7 +10,15 @@ from transformers import models as hf
 from data.chat import Example, Pair
 from data.pack import empty_batch, pack_check, pack_examples, pack_groups, pack_pairs
 from loops.shared.attention import NotPackable
-from loops.shared.policy import check_context, choose_packing, compile_layers, enable_packing, score, self_check
+from loops.shared.policy import (
+    check_context,
+    choose_packing,
+    compile_layers,
+    enable_packing,
+    score,
+    score_plain,
+    self_check,
+)
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,7 +99,7 @@ def groups(seed: int = 0):
 
 def gradients(model, batch, packing: bool, temperature: float = 0.7):
     model.zero_grad()
-    scores = score(model, batch, temperature=temperature, packing=packing)
+    scores = (score if packing else score_plain)(model, batch, temperature)
     weights = torch.linspace(-1, 1, scores.logprobs.numel(), dtype=scores.logprobs.dtype).view_as(scores.logprobs)
     (scores.logprobs * weights * batch.mask).sum().backward()
     return scores, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -122,9 +130,9 @@ def test_packed_groups_equal_plain_padding(name, only_float64):
 def test_other_layers_fall_back_with_a_reason(name):
     said = []
     model, batch = tiny(name, FALLS_BACK[name], dtype=torch.float32), pack_groups(groups())
-    before = score(model, batch, packing=False).logprobs
+    before = score_plain(model, batch).logprobs
     assert not choose_packing(model, batch, wanted=True, say=said.append) and "packing: off" in said[0]
-    assert torch.equal(score(model, batch, packing=False).logprobs, before)  # the plain path is the model's own again
+    assert torch.equal(score_plain(model, batch).logprobs, before)  # the plain path is the model's own again
 
 
 def test_examples_and_pairs_equal_plain_padding(only_float64):
@@ -156,7 +164,7 @@ def test_an_empty_batch_gives_every_trained_weight_a_zero_gradient():
     enable_packing(model)
     for packing in (True, False):
         model.zero_grad()
-        score(model, empty_batch(), packing=packing).logprobs.sum().backward()
+        (score if packing else score_plain)(model, empty_batch()).logprobs.sum().backward()
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 

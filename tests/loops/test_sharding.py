@@ -17,9 +17,10 @@ from data.batches import BatchConfig
 from data.chat import Example
 from data.pack import pack_examples
 from loops import sft
-from loops.shared.models import ModelConfig, build_policy, build_reference, build_tokenizer
+from loops.shared.models import ModelConfig, build_policy, build_tokenizer
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
-from loops.shared.policy import choose_packing, score
+from loops.shared.policy import choose_packing, is_packed, score
+from loops.shared.reference import build_reference
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.sharding import build_accelerator, is_sharded, prepare, read_launcher_sharding, read_sharding
 from loops.shared.weights import export_model
@@ -150,7 +151,8 @@ def train_variant(name, folder, accelerator, sharding):
     config = ModelConfig(model_id=str(folder / "adapter") if name == "continued" else base, **settings)
     tokenizer = build_tokenizer(config)
     policy = build_policy(config, tokenizer, seed=3, device="cpu", for_fsdp=sharded)
-    assert choose_packing(policy, pack_examples(EXAMPLES[:2]), wanted=True, say=lambda line: None)
+    choose_packing(policy, pack_examples(EXAMPLES[:2]), wanted=True, say=lambda line: None)
+    assert is_packed(policy)
     reference = build_reference(policy)
     optimizer = build_optimizer(policy, OptimConfig(**OPTIM))
     scheduler = build_schedule(optimizer, OptimConfig(**OPTIM), 3)
@@ -207,7 +209,7 @@ def train_variant(name, folder, accelerator, sharding):
             plain = AutoModelForCausalLM.from_pretrained(export)
         plain.eval()
         with torch.no_grad():
-            result["reloaded"] = -score(plain, batch, packing=False).logprobs.sum().item() / count
+            result["reloaded"] = -score(plain, batch).logprobs.sum().item() / count
     return result
 
 

@@ -26,11 +26,12 @@ from tests.loops.loop_runs import RecordedEngine, run_loop
 LOOPS = ("sft", "dpo", "grpo")
 
 
-def tiny_policy(dtype=torch.float64):
+def tiny_policy(dtype=torch.float64, packing=True):
     torch.manual_seed(0)
     shape = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=16)).to(dtype)
-    enable_packing(model)
+    if packing:
+        enable_packing(model)
     return model
 
 

@@ -30,7 +30,7 @@ from loops.shared import models, optim, rollout
 from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
 from loops.shared.policy import check_context, choose_packing, score
-from loops.shared.reference import build_reference, fingerprint
+from loops.shared.reference import build_reference
 from loops.shared.rollout import RolloutConfig
 from loops.shared.run import RunConfig, one_sentence_errors, start_run
 from losses.dpo import check_options, dpo_loss
@@ -154,7 +154,7 @@ def main(config: Config) -> None:
         began = time.perf_counter()
         for split, given in (("train", pairs), ("eval", eval_pairs)):
             cut = partial(build_microbatches, pairs=given, config=config, accelerator=accelerator)
-            mark = fingerprint(given, config.model, seed, accelerator)
+            mark = reference.fingerprint(given, config.model, seed, accelerator)
             reference.precompute(split, len(given), cut, run.folder, mark, accelerator)
         run.pending["time/reference"] = time.perf_counter() - began
         reference.release()  # a copy's memory is free again

@@ -93,6 +93,20 @@ class Reference:
             raise ValueError(f"{file} {differs}; delete it to compute it again.")
         self.tables[split] = stored
 
+    @staticmethod
+    def fingerprint(pairs: Sequence[Any], model: ModelConfig, seed: int, accelerator: Accelerator) -> str:
+        """Digest of all that decides the log-probabilities of `data.chat.Pair`s, and of nothing that only costs time."""
+        names = "model_id revision from_scratch load_in_8bit load_in_4bit"
+        if model.load_in_4bit:
+            names += " bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant"
+        source = [getattr(model, name) for name in names.split()]
+        source += [seed if model.from_scratch else None]
+        source += [resolve_dtype(model, accelerator.device), accelerator.mixed_precision]
+        digest = hashlib.sha256(repr(source).encode())
+        for pair in pairs:  # without its number, which is for messages
+            digest.update(repr((pair.prompt_ids, pair.completions())).encode())
+        return digest.hexdigest()
+
     def release(self) -> None:
         """Free the memory of a copy; from here on only tables answer."""
         self.model = None
@@ -170,18 +184,3 @@ def _copy_adapter(policy: PeftModel) -> None:
         parameter.requires_grad_(flag)
     disable_bnb_eval_kernels(policy)
     policy.train(policy.training)
-
-
-def fingerprint(pairs: Sequence[Any], model: ModelConfig, seed: int, accelerator: Accelerator) -> str:
-    """Digest of all that decides the reference's log-probabilities of `data.chat.Pair`s, and of nothing that only costs
-    time."""
-    names = "model_id revision from_scratch load_in_8bit load_in_4bit"
-    if model.load_in_4bit:
-        names += " bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant"
-    source = [getattr(model, name) for name in names.split()]
-    source += [seed if model.from_scratch else None]
-    source += [resolve_dtype(model, accelerator.device), accelerator.mixed_precision]
-    digest = hashlib.sha256(repr(source).encode())
-    for pair in pairs:  # without its number, which is for messages
-        digest.update(repr((pair.prompt_ids, pair.completions())).encode())
-    return digest.hexdigest()

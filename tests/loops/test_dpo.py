@@ -13,7 +13,7 @@ from data.pack import pack_pairs
 from loops import dpo
 from loops.shared.models import ModelConfig
 from loops.shared.policy import score
-from loops.shared.reference import Reference, build_reference, fingerprint
+from loops.shared.reference import Reference, build_reference
 from loops.shared.run import RunConfig
 from losses.dpo import LOSS_TYPES, dpo_loss
 from tests.loops.test_steps import tiny_policy
@@ -150,7 +150,7 @@ def test_reference_scores_are_known_by_what_decides_them():
             run=RunConfig(seed=seed),
             **loss or {},
         )
-        return fingerprint(pairs, config.model, config.run.seed, accelerator)
+        return Reference.fingerprint(pairs, config.model, config.run.seed, accelerator)
 
     free = [{key: True} for key in ("gradient_checkpointing", "activation_offloading", "merge_weights", "use_dora")]
     free += [{"compile": True}, {"attn_implementation": "eager"}, {"lora_r": 4}, {"lora_dropout": 0.1}, {"seed": 1}]

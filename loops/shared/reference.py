@@ -95,7 +95,7 @@ class Reference:
 
     @staticmethod
     def fingerprint(pairs: Sequence[Any], model: ModelConfig, seed: int, accelerator: Accelerator) -> str:
-        """Digest of all that decides the log-probabilities of `data.chat.Pair`s, and of nothing that only costs time."""
+        """Digest of all that decides the log-probabilities of pairs, and of nothing that only costs time."""
         names = "model_id revision from_scratch load_in_8bit load_in_4bit"
         if model.load_in_4bit:
             names += " bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant"

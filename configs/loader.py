@@ -1,8 +1,8 @@
-"""Settings of a loop: defaults < `--config` files, in their order < command line, as one frozen dataclass.
+"""Settings as one frozen dataclass: defaults < `--config` files, in their order < command line.
 
 A layer (one file, or the command line) is read into `{leaf name: typed value}`, the layers are merged, and the
-dataclasses check the result. jsonargparse gives values their types (`configs/text.py`) and writes the help; the names
-that people bring from elsewhere are in `configs/spellings.py`. Errors are one sentence on stderr and exit code 2.
+dataclasses check the result. jsonargparse gives values their types (`configs/text.py`) and writes the help; other
+projects' names for our keys are in `configs/spellings.py`. Errors are one sentence on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def load_config(
             values = {**_without_replaced(values, layer, leaves), **layer}
             origin.update(dict.fromkeys(layer, source))
         folders = dict(pair.split("=", 1) for pair in options.get("channels", []))
-        found, told = use_channels(values, folders)
-        notes += told
+        found, replaced = use_channels(values, folders)
+        notes += replaced
         config = _build(config_class, {**values, **found}, {**origin, **dict.fromkeys(found, "the channels")}, leaves)
     except ValueError as error:
         if prints:
@@ -168,8 +168,11 @@ def _read_layer(
     ignored: dict[str, Leaf],
     notes: list[str],
 ) -> Values:
-    """Keys as people wrote them -> `{leaf: typed value}`. Two names for one key are refused in a file; on the command
-    line the last one counts (of lists, one is allowed). All that is wrong with the layer is told in one sentence."""
+    """Keys as written -> `{leaf: typed value}`.
+
+    Two names for one key are refused in a file; on the command line the last one counts, and a list is given once.
+    Raises ValueError with all errors of the layer.
+    """
     layer: Values = {}
     computed: Values = {}
     spelled: dict[str, str] = {}
@@ -230,16 +233,16 @@ def _read_layer(
     return layer
 
 
-# A key given in a layer replaces, with it, what lower layers said of these: values that were chosen to go with the old.
+# Key -> the keys whose values in lower layers belong to its old value, so they are dropped with it.
 GO_WITH = {"learning_rate": ("min_learning_rate",), "reward_functions": ("reward_weights",)}
 GO_WITH |= {"warmup_ratio": ("warmup_steps",)}
 
 
 def _without_replaced(below: Values, layer: Values, leaves: dict[str, Leaf]) -> Values:
-    """The lower layers' values that stay beside a layer's.
+    """The values of the lower layers that a layer keeps.
 
-    A layer that names a data set takes nothing about rows from below: not their templates, columns, splits or
-    evaluation set. That is the whole section of `dataset_name`, and no key outside of it. The same for `GO_WITH`.
+    A layer that names a data set drops all that lower layers say about rows (templates, columns, splits, evaluation
+    set): the whole section of `dataset_name`, and no key outside of it. The same for `GO_WITH`.
     """
     replaced = {name for key, names in GO_WITH.items() if key in layer for name in names}
     if "dataset_name" in layer:
@@ -250,7 +253,7 @@ def _without_replaced(below: Values, layer: Values, leaves: dict[str, Leaf]) -> 
 def _build(
     config_class: type[ConfigType], values: Values, origin: dict[str, str], leaves: dict[str, Leaf]
 ) -> ConfigType:
-    """The values over the defaults; a `ValueError` of a dataclass is told where the keys that it names come from."""
+    """The values over the defaults; a `ValueError` of a dataclass also says where the keys that it names come from."""
     default: Any = config_class()
     chosen: dict[str, Values] = {leaf.section: {} for leaf in leaves.values()}
     for name, value in values.items():

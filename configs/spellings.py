@@ -1,4 +1,4 @@
-"""What people call our settings elsewhere: SageMaker's `args.yaml`, transformers, TRL, and Lightning scripts.
+"""Other names for our settings: in SageMaker's `args.yaml`, transformers, TRL and Lightning scripts.
 
 A name here only counts where the loop's Config has no key of that name. Every entry has a test.
 """
@@ -51,45 +51,44 @@ _NOTES = {
     "is read as `max_eval_samples`: rows over all processes, not batches": "limit_val_batches",
     "is read as `eval_steps`: optimizer steps, not micro-batches": "val_check_interval",
     "is not used: all rows that are held out are evaluation rows": "hfdc_val_test_split_ratio",
-    "is not used: evaluation takes the micro-batches of training, and what it samples `max_decode_batch` at once": (
+    "is not used: evaluation takes the micro-batches of training, and samples `max_decode_batch` at once": (
         "per_device_eval_batch_size eval_batch_size eval_accumulation_steps"
     ),
-    "is not used: checkpoints are in `checkpoints` of the run's folder, which is `output_dir`": "checkpoint_dir",
+    "is not used: checkpoints are in `checkpoints` of `output_dir`": "checkpoint_dir",
     "is not used: `max_seq_length` is for prompt and completion together": "max_prompt_length",
-    "is not used: conversations are read as JSON text, too": "deserialize_messages",
-    "is not used: models are always fetched whole": "use_snapshot_download",
-    "is not used: models are kept where HF_HOME says": "cache_dir",
-    "is not used: `seed` draws the rows, anew in each epoch": "data_seed shuffle shuffle_dataset",
-    "is not used: a resumed run goes on with the rows that come next": "ignore_data_skip",
-    "is not used: the first process speaks for all": "log_on_each_node",
+    "is not used: models are fetched whole, to where HF_HOME says": "use_snapshot_download cache_dir",
+    "is not used: `seed` draws the rows, anew in each epoch, and a resumed run goes on with the rows that come next": (
+        "data_seed shuffle shuffle_dataset ignore_data_skip"
+    ),
     "is not used: the launcher says where each process runs": "local_rank use_cpu no_cuda ddp_backend",
-    "is not used: a loss reaches all trained parameters": "ddp_find_unused_parameters",
-    "is not used: checkpointing is non-reentrant": "gradient_checkpointing_kwargs use_reentrant",
-    "is not used: rows are read and encoded by each process, before training": (
+    "is not used: every trained parameter has a gradient, and checkpointing is non-reentrant": (
+        "ddp_find_unused_parameters gradient_checkpointing_kwargs use_reentrant"
+    ),
+    "is not used: each process reads and encodes the rows before training; conversations may be JSON text": (
         "hfdc_num_proc dataset_num_proc preprocessing_num_workers num_workers dataloader_num_workers "
-        "dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers"
+        "dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns "
+        "deserialize_messages"
     ),
     "is not used: rows are packed, none sees another, and nothing is padded": (
         "group_by_length pad_token padding_free sample_packing eval_packing pad_to_sequence_len label_pad_token_id"
     ),
-    "is not used: columns that nobody asks for stay out of the way": "remove_unused_columns",
-    "is not used: the loss never holds the logits of all tokens": "use_liger_kernel use_liger",
-    "is not used: losses are divided by one count over all processes": "average_tokens_across_devices",
-    "is not used: a loop trains; `launch.evaluate` evaluates": "do_train",
-    "is not used: naming evaluation rows asks for it": "do_eval eval_on_start",
-    "is not used: logs are in the run's folder": "logging_dir",
-    "is not used: the first step is always logged": "logging_first_step",
-    "is not used: the bar is for terminals only": "disable_tqdm",
-    "is not used: `logging_steps` says when": "logging_strategy",
-    "is not used: tokens are counted in every row of metrics.jsonl": (
-        "include_tokens_per_second include_num_input_tokens_seen"
+    "is not used: the loss never holds the logits of all tokens, and is divided by one count over all processes": (
+        "use_liger_kernel use_liger average_tokens_across_devices"
     ),
-    "is not used: weights are always written as safetensors": "save_safetensors",
-    "is not used: nothing is pushed; `hf upload` takes the run's `model` folder": "hub_model_id hub_strategy",
+    "is not used: a loop trains, and evaluates where evaluation rows are named; `launch.evaluate` evaluates alone": (
+        "do_train do_eval eval_on_start"
+    ),
+    "is not used: the first process logs into the run's folder, the first step and then every `logging_steps`": (
+        "log_on_each_node logging_dir logging_first_step logging_strategy disable_tqdm include_tokens_per_second "
+        "include_num_input_tokens_seen"
+    ),
+    "is not used: weights are written as safetensors, and pushed by `hf upload`, of the run's `model` folder": (
+        "save_safetensors hub_model_id hub_strategy"
+    ),
     "is not used: `mixed_precision` says how matrix products are computed": "tf32 bf16_full_eval",
 }
 NOTES = {name: note for note, names in _NOTES.items() for name in names.split()}
-"""Accepted, and said on stderr that it means something else here, or nothing."""
+"""Accepted, with a note on stderr that it means something else here, or nothing."""
 
 _SECRET = "would be written to the run folder: set {} in the environment instead"
 _REFUSED = {
@@ -111,7 +110,7 @@ _REFUSED = {
     ),
 }
 REFUSED = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
-"""Keys that would do harm, or ask for what is not here; the sentence says what to do instead."""
+"""Keys that would do harm, or ask for what does not exist here, and what to do instead."""
 
 MEANS: dict[str, dict[str, Any]] = {
     "report_to": {"null": "none"},
@@ -120,22 +119,22 @@ MEANS: dict[str, dict[str, Any]] = {
     "top_k": {"-1": 0},
     "lora_target_modules": {"all": "all-linear"},
 }
-"""Values that others write in keys of the same name, as text, and ours: no tracker, no clipping, all, never, off."""
+"""Key -> values, as text, that others write in it, and ours: no tracker, no clipping, all, never, off."""
 
 SECTION_VALUES = {"optim": "optimizer"}
-"""Keys that are sections here, and the key in them that a bare text means (transformers' `optim: adamw_8bit`)."""
+"""Section -> the key in it that a bare text means (transformers' `optim: adamw_8bit`)."""
 
 OVERRIDES = (
     *("full_ft", "use_peft", "finetuning_type", "use_wandb"),
     *("eval_strategy", "evaluation_strategy", "save_strategy"),
 )
-"""These win over our key beside them in the same file; any other two names for one key are refused."""
+"""These win over our own key in the same file; any other two names for one key are refused."""
 
 Values = dict[str, Any]
 
 
 def _full_ft(layer: Values, current: Values) -> Values:
-    """`full_ft: true` is LoRA rank 0, over a `lora_r` beside it; `false` brings LoRA back where a lower layer had 0."""
+    """`full_ft: true` is LoRA rank 0, also with a `lora_r` in the same file; `false` undoes a lower layer's rank 0."""
     if layer["full_ft"]:
         return {"lora_r": 0}
     return {"lora_r": 32} if current.get("lora_r") == 0 and "lora_r" not in layer else {}
@@ -169,7 +168,7 @@ ONE_VALUE = {
     "overwrite_output_dir": ("false", "give another `output_dir`, or `resume_from: latest`"),
     "load_best_model_at_end": ("false", "set `save_best`, and export that checkpoint with launch.export"),
 }
-"""Keys of which one value says what happens anyway, and any other asks for what is not here; what to do instead."""
+"""Key -> the one value that says what happens anyway, and what to do instead of any other."""
 
 
 def _one_value(key: str) -> Callable[[Values, Values], Values]:

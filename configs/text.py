@@ -1,4 +1,4 @@
-"""Text and values: config files, YAML both ways, and one value as the type of its field."""
+"""Config files as text: YAML and JSON read, YAML written, one value as the type of its field."""
 
 from __future__ import annotations
 

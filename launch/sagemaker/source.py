@@ -1,4 +1,4 @@
-"""What travels to the job as its code: the rooms of the house, the config files, and what the user adds."""
+"""The files that are sent as the job's code: this project, the config files, and what the user adds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from configs.channels import CHANNELS
-from configs.spellings import RENAMED
 from launch.sagemaker.places import find_places
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -48,9 +47,9 @@ def stage_source(
 ) -> list[str]:
     """Copy everything that the job needs into `folder`; returns the configs' paths in it.
 
-    The rooms keep their places. A config of the house keeps its path, any other goes to `configs/`. Files and folders
-    of `include` (your own rewards, converters) land at the top, from where the job imports them. `requirements`
-    replaces the shipped list. Nothing hidden, no results and no caches travel.
+    A config of the project keeps its path, any other goes to `configs/`. Files and folders of `include` (your own
+    rewards, converters) go to the top, from where the job imports them. `requirements` replaces the shipped list.
+    Hidden files, results and caches are left out.
 
     Raises ValueError for what does not exist, and for names that two files would share.
     """
@@ -82,18 +81,8 @@ def stage_source(
     return places
 
 
-def with_places(hyperparameters: Mapping[str, Any], include: Sequence[str]) -> dict[str, Any]:
-    """The hyperparameters, with the job's own paths for files that travel and were given by an absolute path."""
-    chosen = dict(hyperparameters)
-    for name, value in chosen.items():
-        key = name.replace("-", "_")
-        if RENAMED.get(key, key) in PATHS and isinstance(value, str) and Path(value).is_absolute():
-            chosen[name] = place_in_job(value, include) or value
-    return chosen
-
-
 def place_in_job(value: str, include: Sequence[str]) -> str | None:
-    """Where the job has this file or folder, None where it does not travel or does not exist."""
+    """The job's path of this file or folder, None where it is not sent or does not exist."""
     path = Path(os.path.expandvars(value)).expanduser()
     whole = (path if path.exists() else HOUSE / value).resolve()
     roots = {Path(own).resolve(): Path(own).resolve().parent for own in include} | {HOUSE / r: HOUSE for r in ROOMS}
@@ -112,7 +101,7 @@ def check_sources(values: Mapping[str, Any], channels: Mapping[str, Any], includ
         if not value or (key == "resume_from" and value in ("none", "latest", "best")):
             continue
         place = place_in_job(value, include)
-        if Path(value).is_relative_to(base / "input/data"):  # it means a channel, and our entry leaves it as it is
+        if Path(value).is_relative_to(base / "input/data"):  # a channel's folder
             channel = Path(value).relative_to(base / "input/data").parts[0]
             if channel not in channels:
                 raise ValueError(f"{key} is {value}, and no channel is named `{channel}`: add {channel}=s3://... .")

@@ -30,7 +30,7 @@ from launch.sagemaker.instances import gpus_of
 from launch.sagemaker.limits import check_addresses, check_no_secrets, encode_hyperparameters
 from launch.sagemaker.places import JOBS_OWN, hyperparameter_words
 from launch.sagemaker.settings import Command, Compute, Settings, as_channels, as_compute
-from launch.sagemaker.source import check_sources, loop_of, stage_source, with_places
+from launch.sagemaker.source import check_sources, loop_of, stage_source
 from launch.sagemaker.trainer import DryRun, JobSpec, build_trainer, dry_session, entry_command
 
 CODE = "/opt/ml/input/data/code"
@@ -77,7 +77,7 @@ def submit(
         if not path.is_file():
             raise ValueError(f"config `{path}` does not exist.")
     loop, role = loop_of(files[0], settings.loop), account.find_role(dry_run)
-    chosen = with_places(with_settings(hyperparameters or {}, settings), settings.include)
+    chosen = with_settings(hyperparameters or {}, settings)
     values = flat_values(read_config(loop, files, encode_hyperparameters(chosen)))
     check_addresses({**settings.environment, **values})
     check_sources(values, channels, settings.include)

@@ -170,14 +170,11 @@ def test_hub_ids_shipped_paths_and_the_jobs_folders_pass(tmp_path, monkeypatch):
     source.check_sources({"eval_dataset_name": "held.jsonl"}, {"training": "s3://bucket/rows/"}, [])
 
 
-def test_an_absolute_path_of_what_travels_is_sent_as_the_jobs_own(tmp_path):
+def test_what_is_not_sent_has_no_path_in_the_job(tmp_path):
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows/a.jsonl").write_text("{}\n")
-    given = {"train-dataset-path": str(HOUSE / "data/quickstart/train.jsonl"), "tokenizer_id": str(tmp_path / "rows")}
-    sent = source.with_places({**given, "learning_rate": 1}, [str(tmp_path / "rows")])
-    assert sent == {"train-dataset-path": "data/quickstart/train.jsonl", "tokenizer_id": "rows", "learning_rate": 1}
-    hidden = source.place_in_job(str(HOUSE / "data/.hidden"), [])
-    assert hidden is None and source.place_in_job(str(tmp_path / "rows"), []) is None
+    assert source.place_in_job(str(tmp_path / "rows"), [str(tmp_path / "rows")]) == "rows"
+    assert source.place_in_job(str(HOUSE / "data/.hidden"), []) is None
+    assert source.place_in_job(str(tmp_path / "rows"), []) is None
 
 
 @pytest.mark.parametrize(

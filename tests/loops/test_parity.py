@@ -1,7 +1,6 @@
 """Twenty steps of each loop end the same on one process, DDP, FSDP2 and hybrid shards: real processes over gloo."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +106,7 @@ def on_one_topology(name, folder, exact):
             losses, norms, held, trained = train(loop, kind, TOPOLOGIES[name][1], Path(folder) / name)
             numbers[f"{loop}-{kind}"] = {"losses": losses, "norms": norms, "held": held}
             weights |= {f"{loop}-{kind}/{name}": tensor for name, tensor in trained.items()}
-    if os.environ.get("RANK", "0") == "0":
+    if TOPOLOGIES[name][0] == 1 or torch.distributed.get_rank() == 0:
         save_file(weights, f"{folder}/{name}.safetensors")
         with open(f"{folder}/{name}.json", "w") as file:
             json.dump(numbers, file)

@@ -1,6 +1,5 @@
 """One optimizer step is the same whatever the micro-batches, the accumulation and the number of processes."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from data.batches import BatchConfig
@@ -18,6 +18,7 @@ from loops import grpo, sft
 from loops.shared.policy import enable_packing, score
 from loops.shared.rollout import Completion, RolloutConfig
 from loops.shared.rollout.rollouts import build_rollouts
+from loops.shared.run import Run
 from losses.grpo import group_advantages
 from losses.sft import sft_loss
 from tests.conftest import make_float32_mean_float64
@@ -140,7 +141,7 @@ def on_two_processes(loop: str, folder: str, words: list[str]):
     make_float32_mean_float64()
     torch.set_num_threads(1)
     weights, _ = steps_of(loop, Path(folder) / "two", *words)
-    if int(os.environ["RANK"]) == 0:
+    if torch.distributed.get_rank() == 0:
         save_file(weights, f"{folder}/w.safetensors")
 
 
@@ -158,3 +159,35 @@ def test_two_processes_take_the_same_step(loop, tmp_path, only_float64):
     assert done.returncode == 0, done.stderr[-2000:]
     whole, _ = steps_of(loop, tmp_path / "one", *cut())
     assert largest_difference(whole, load_file(tmp_path / "w.safetensors")) < 1e-12
+
+
+def count_exchanges(folder: str, micro_batches: int):
+    torch.set_num_threads(1)
+    real, counted = Run.prepare, []
+
+    def prepare(run, policy, *others):
+        policy, optimizer = real(run, policy, *others)
+        policy.register_comm_hook(None, count)
+        return policy, optimizer
+
+    def count(_, bucket):
+        counted.append(1)
+        return default_hooks.allreduce_hook(None, bucket)
+
+    Run.prepare = prepare
+    steps_of("sft", Path(folder) / str(micro_batches), *cut(4 // micro_batches))
+    if torch.distributed.get_rank() == 0:
+        Path(folder, f"{micro_batches}.txt").write_text(str(len(counted)))
+
+
+def test_ddp_exchanges_gradients_once_per_step(tmp_path):
+    """Four micro-batches per process and step cost as many all-reduces as one."""
+    for micro_batches in (1, 4):
+        code = (
+            "from accelerate import debug_launcher; from tests.loops.test_steps import count_exchanges;"
+            f"debug_launcher(count_exchanges, ({str(tmp_path)!r}, {micro_batches}), num_processes=2)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, four = ((tmp_path / f"{n}.txt").read_text() for n in (1, 4))
+    assert int(one) == int(four) > 0

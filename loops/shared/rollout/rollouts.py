@@ -144,7 +144,7 @@ def add_update_metrics(
     batch = microbatch.batch
     gap = (microbatch.old_logprobs - microbatch.sampler_logprobs)[batch.mask]
     count = len(gap)
-    largest = terms.pop("policy/ratio_max")
+    largest = terms.pop("policy/ratio_max", 0.0)
     metrics.means(terms, count)
     metrics.mean("policy/entropy", entropy.detach().sum(), count)
     metrics.mean("policy/mismatch_kl", (gap.expm1() - gap).sum(), count)

@@ -912,7 +912,7 @@ def test_both_ends_of_nccl_with_the_devices_recorded(monkeypatch):
             getattr(end, method)(*json.loads(json.dumps(list(arguments.values()))))  # as over HTTP
 
     nccl = transfer.BroadcastTransport("nccl", host="10.0.0.1", timeout=5)
-    nccl.open(control, 2)
+    nccl.connect(control, 2)
     assert (joined[0].world_size, joined[0].rank_offset, joined[0].master_address) == (3, 1, "10.0.0.1")
 
     def answer_late(method: str, **arguments: Any) -> None:
@@ -941,7 +941,7 @@ def test_both_ends_of_nccl_with_the_devices_recorded(monkeypatch):
     assert log[-1][0] == "destroy"  # no kernel waits for workers that may be gone
     with pytest.raises(RuntimeError, match="group of the workers has ended"):
         nccl.send(control, bucket)
-    nccl.open(control, 2)
+    nccl.connect(control, 2)
 
     def die(method: str, **arguments: Any) -> None:
         raise ServerLostError("connection reset")

@@ -23,7 +23,7 @@ def test_through_a_folder(tmp_path: Path):
             found.append({name: tensor.clone() for name, tensor in load_file(arguments["update_info"]["file"]).items()})
 
     found: list[dict[str, torch.Tensor]] = []
-    transport.open(control, 1)
+    transport.connect(control, 1)
     for bucket in buckets(BUCKET, limit=1):
         transport.send(control, bucket)
     assert told == ["init_weight_transfer_engine", "update_weights", "update_weights"]

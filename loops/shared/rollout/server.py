@@ -77,9 +77,9 @@ class Server:
         """What it serves: its model, and the adapters on it."""
         return self.call("/v1/models", timeout=30, method="GET")["data"]
 
-    def join(self) -> None:
-        """Joins its workers and this process, for the weights to come."""
-        self.transport.open(self.control, self.call("/get_world_size", timeout=30, method="GET")["world_size"])
+    def connect(self) -> None:
+        """Connects its workers with this process, for the weights to come."""
+        self.transport.connect(self.control, self.call("/get_world_size", timeout=30, method="GET")["world_size"])
 
     def send(self, bucket: Bucket) -> None:
         """Sends its workers these weights."""

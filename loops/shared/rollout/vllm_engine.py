@@ -48,7 +48,7 @@ class VllmEngine:
         self._made_group = not torch.distributed.is_initialized()  # vLLM makes a default group where there is none
         self._llm = self._start()
         self.max_model_len = self._llm.model_config.max_model_len
-        self._transport.open(self._control, 1)
+        self._transport.connect(self._control, 1)
         atexit.register(self.close)
         self.sleep()  # no weights yet: SFT and DPO may train long before their first evaluation
 

@@ -79,17 +79,17 @@ class VllmServerEngine:
         self._distributed = torch.distributed.is_initialized()
         self._rank = torch.distributed.get_rank() if self._distributed else 0
         self._folder = Path(setup.config.sync_dir or setup.folder).resolve() / f"sync-{secrets.token_hex(4)}"
-        known: Any = None
+        started: Any = None
         if self._rank == 0:
             try:
-                known = self._open()
+                started = self._start_servers()
             except Exception as error:
                 self.close()
-                known = error
-        known = self._from_rank_0(known)
-        if isinstance(known, Exception):
-            raise known
-        urls, self._run, self.max_model_len = known
+                started = error
+        started = self._from_rank_0(started)
+        if isinstance(started, Exception):
+            raise started
+        urls, self._run, self.max_model_len = started
         if self._rank != 0:
             self._servers = [
                 Server(*numbered, Transport(), self._config.server_timeout, api_key) for numbered in enumerate(urls)
@@ -111,16 +111,16 @@ class VllmServerEngine:
 
     # ---- starting ----------------------------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[list[str], str, int]:
-        """Servers that answer, and what all ranks have to know of them: addresses, the run's name, a context length."""
+    def _start_servers(self) -> tuple[list[str], str, int]:
+        """Starts or finds all servers; returns what all ranks need: their addresses, the run's name, the context length."""
         config = self._config
         urls = list(config.server_urls)
         for number in range(0 if urls else config.num_servers):
-            wanted = config.server_port and config.server_port + number
+            port = config.server_port and config.server_port + number
             try:
-                urls.append(f"http://127.0.0.1:{free_port(wanted)}")
+                urls.append(f"http://127.0.0.1:{free_port(port)}")
             except OSError as error:
-                text = f"port {wanted} is in use by another program: change server_port (0: any free one)."
+                text = f"port {port} is in use by another program: change server_port (0: any free one)."
                 raise ValueError(text) from error
         for number, url in enumerate(urls):
             self._servers.append(
@@ -140,7 +140,7 @@ class VllmServerEngine:
         return BroadcastTransport(kind, host=_own_address(url), timeout=self._config.server_timeout)
 
     def _bring_up(self, server: Server) -> None:
-        """Starts the server, or finds it running, and joins its workers."""
+        """Starts the server, or finds it running, and connects to its workers."""
         if self._config.server_urls:
             try:
                 server.wait_until_up(10)
@@ -148,13 +148,13 @@ class VllmServerEngine:
                 raise ValueError(f"server_urls: {server.url} does not answer; start it, or correct it.") from error
         else:
             self._start(server)
-        self._join(server)
+        self._connect(server)
         server.call("/resume")  # another run may have ended in the middle of an update
 
-    def _join(self, server: Server) -> None:
-        """Joins the server's workers and this process; ends an update that another run left unfinished."""
+    def _connect(self, server: Server) -> None:
+        """Connects the server's workers with this process; ends an update that another run left unfinished."""
         try:
-            server.join()
+            server.connect()
             if self._config.server_urls:
                 abort_update(server.control)
         except RuntimeError as error:
@@ -344,7 +344,7 @@ class VllmServerEngine:
                 self._check_current(server)
             else:
                 if server.process is None:
-                    self._join(server)
+                    self._connect(server)
                 self._send_again(server)
             server.life += 1
             server.ready = True

@@ -50,8 +50,8 @@ class VllmSetup:
             raise ValueError(
                 "weight_sync is adapter, and vLLM cannot serve this policy's alone: set weight_sync to full."
             )
-        wanted = config.weight_sync == "adapter" or (config.weight_sync == "auto" and self.device != "cpu")
-        self.sends_adapter = wanted and plain
+        chosen = config.weight_sync == "adapter" or (config.weight_sync == "auto" and self.device != "cpu")
+        self.sends_adapter = chosen and plain
         self.lora_rank = 0
         if self.sends_adapter:
             self.lora_rank = next(rank for rank in LORA_RANKS if rank >= policy.peft_config["default"].r)  # type: ignore[operator,union-attr]

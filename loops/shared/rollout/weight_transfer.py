@@ -92,8 +92,8 @@ class Transport:
 
     kind = "direct"
 
-    def open(self, control: Control, world_size: int) -> None:
-        """Joins an engine of `world_size` workers; again where it came back."""
+    def connect(self, control: Control, world_size: int) -> None:
+        """Connects to an engine of `world_size` workers; called again when it has come back."""
         control("init_weight_transfer_engine", init_info={"kind": self.kind})
 
     def send(self, control: Control, bucket: Bucket) -> None:
@@ -131,24 +131,24 @@ class BroadcastTransport(Transport):
         self.kind, self._host, self._timeout = kind, host, timeout
         self._group: Any = None
 
-    def open(self, control: Control, world_size: int) -> None:
+    def connect(self, control: Control, world_size: int) -> None:
         self.close()
-        meeting: dict[str, Any] = {"kind": self.kind, "master_address": self._host, "world_size": world_size + 1}
+        rendezvous: dict[str, Any] = {"kind": self.kind, "master_address": self._host, "world_size": world_size + 1}
         if self.kind == "gloo":
             span = timedelta(seconds=self._timeout)
             store = torch.distributed.TCPStore(
                 self._host, 0, world_size + 1, is_master=True, wait_for_workers=False, timeout=span
             )
-            meeting |= {"master_port": store.port, "timeout": self._timeout}
+            rendezvous |= {"master_port": store.port, "timeout": self._timeout}
         else:
             from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-            meeting["master_port"] = free_port()
-        with _concurrently(control, "init_weight_transfer_engine", init_info=meeting) as answer:
+            rendezvous["master_port"] = free_port()
+        with _concurrently(control, "init_weight_transfer_engine", init_info=rendezvous) as answer:
             wait([answer], 0.5)
             if not (answer.done() and answer.exception()):  # else refused: nobody would come
                 self._group = (
-                    _gloo_group(store, 0, world_size + 1, span) if self.kind == "gloo" else trainer_init(meeting)
+                    _gloo_group(store, 0, world_size + 1, span) if self.kind == "gloo" else trainer_init(rendezvous)
                 )
 
     def send(self, control: Control, bucket: Bucket) -> None:
@@ -188,9 +188,9 @@ def abort_update(control: Control) -> None:
         return
 
 
-def free_port(wanted: int = 0) -> int:
-    """A port of this machine that nobody listens on at present; OSError where the `wanted` one is taken."""
-    with socket.create_server(("127.0.0.1", wanted)) as probe:
+def free_port(port: int = 0) -> int:
+    """A port of this machine that nobody listens on at present; OSError where the given one is taken."""
+    with socket.create_server(("127.0.0.1", port)) as probe:
         return probe.getsockname()[1]
 
 
@@ -267,10 +267,10 @@ def _worker_end() -> type:
                 store = torch.distributed.TCPStore(host, port, is_master=False, timeout=span)
                 self.group = _gloo_group(store, rank, size, span)
             elif kind == "nccl":
-                meeting = nccl_common.NCCLWeightTransferInitInfo(
+                rendezvous = nccl_common.NCCLWeightTransferInitInfo(
                     master_address=host, master_port=port, rank_offset=1, world_size=size
                 )
-                self.group = nccl_common.worker_init_process_group(meeting, config)
+                self.group = nccl_common.worker_init_process_group(rendezvous, config)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             try:

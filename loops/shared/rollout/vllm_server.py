@@ -112,7 +112,7 @@ class VllmServerEngine:
     # ---- starting ----------------------------------------------------------------------------------------------------
 
     def _start_servers(self) -> tuple[list[str], str, int]:
-        """Starts or finds all servers; returns what all ranks need: their addresses, the run's name, the context length."""
+        """Starts or finds all servers; returns what all ranks need: addresses, the run's name, the context length."""
         config = self._config
         urls = list(config.server_urls)
         for number in range(0 if urls else config.num_servers):

@@ -46,7 +46,9 @@ from loops.shared.checkpoint_files import (
     REPLACED,
     STATE,
     TEMPORARY,
+    TENSORS,
     WEIGHT,
+    AlteredError,
     agreed_manifest,
     clear_leftovers,
     compare_checksums,
@@ -464,17 +466,15 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
-    checked: bool = False,
 ) -> dict[str, Any]:
     """Put a checkpoint back into freshly built objects and return the loop's `state`; every rank must call this.
-
-    checked: `find_checkpoint` has just compared the checksums (of `latest` and `best` it does).
 
     The number of ranks and the sharding may be others than those that wrote it: parameters, optimizer state and
     schedule are the same to the last bit. Random streams go on exactly on as many ranks; else each rank is seeded from
     (the state's `seed`, step, rank), and a warning says so. `read_extra` gives back what the loop saved beside.
 
-    Everything is checked before anything is changed. Raises ValueError when the checkpoint is incomplete or corrupt, is
+    Everything is checked before anything is changed. Raises AlteredError where a file is not
+    as it was written, and ValueError when the checkpoint is incomplete or corrupt, is
     another or none on some rank's machine, or is of another model (parameters, shapes, dtypes, optimizer, device).
     Call it last, after the model, the optimizer and the data loader were built and prepared, since building them draws
     random numbers.
@@ -491,8 +491,8 @@ def load_checkpoint(
                 f"{path} holds the random state of {manifest['device']} and this run is on {accelerator.device.type}: "
                 f"resume on {manifest['device']}."
             )
-        if not checked:
-            compare_checksums(path, manifest, rank, accelerator.num_processes)
+        small = [name for name in manifest["files"] if not name.endswith(TENSORS)]
+        compare_checksums(path, manifest, small[rank :: accelerator.num_processes])
         refuse_other_parameters(path, stored_tensors(path, WEIGHT), parameters)
         same_ranks = manifest["world_size"] == accelerator.num_processes
         saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
@@ -502,12 +502,21 @@ def load_checkpoint(
             moments, put_moments = put_back(optimizer, parameters, saved, own["optimizer"] if own else {})
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
-        read_tensors(path, {MOMENT + key: tensor for key, tensor in moments.items()})
     except (ValueError, OSError) as error:
         problem = error
     raise_first(accelerator, problem)
 
-    read_tensors(path, {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()})
+    tensors = {MOMENT + key: tensor for key, tensor in moments.items()}
+    weights = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}  # no gradients are there
+    tensors |= {WEIGHT + name: weight.detach() for name, weight in weights.items()}
+    try:
+        read_tensors(path, tensors, manifest, rank, accelerator.num_processes)
+    except (ValueError, OSError) as error:
+        problem = error
+    raise_first(accelerator, problem)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights.pop(name))
     put_moments()
     scheduler.load_state_dict(saved["scheduler"])
     schedule: Any = scheduler  # LambdaLR, which loads the rate of the settings that wrote the checkpoint
@@ -566,7 +575,8 @@ def raise_first(accelerator: Accelerator, problem: BaseException | None) -> None
         return
     if first == told:
         raise problem  # type: ignore[misc]  # with its traceback
-    kinds: dict[str, type[Exception]] = {"NotSaved": NotSaved, "TypeError": TypeError, "ValueError": ValueError}
+    kinds: dict[str, type[Exception]] = {"NotSaved": NotSaved, "TypeError": TypeError, "AlteredError": AlteredError}
+    kinds["ValueError"] = ValueError
     raise kinds.get(first[0], RuntimeError)(first[1]) from problem
 
 

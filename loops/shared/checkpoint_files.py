@@ -16,22 +16,26 @@ one of that name is taking. Nothing here needs a process group or a model.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,17 +45,25 @@ logger = logging.getLogger(__name__)
 FORMAT = "plumbline-checkpoint-2"
 METADATA, OPTIMIZER, STATE, MANIFEST = ".metadata", "optimizer.pt", "state.json", "manifest.json"
 WEIGHT, MOMENT = "model/", "optimizer/"  # first parts of the tensors' keys
+TENSORS = ".distcp"  # ending of the files with tensors
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 BLOCK = 1 << 24  # bytes read at once for a checksum
 
 
-def find_checkpoint(run_folder: Path | str, resume_from: str, *, accelerator: Accelerator | None = None) -> Path | None:
+class AlteredError(ValueError):
+    """A file's contents are not those that it was written with; its text is one sentence."""
+
+
+def find_checkpoint(
+    run_folder: Path | str, resume_from: str, *, accelerator: Accelerator | None = None, without: Sequence[Path] = ()
+) -> Path | None:
     """The checkpoint that `resume_from` means: `none`, `latest`, `best` (of the run folder), or a path.
 
-    `latest` is the newest whole one and `best` the one by the metric it was saved with; both compare checksums, skip
-    incomplete or corrupt ones with one warning each, and are None when there is none. With an accelerator every rank
-    must call this: they share the reading, and agree on what rank 0 finds. Raises ValueError when a path is not a whole
-    checkpoint, or when not every rank sees what rank 0 does.
+    `latest` is the newest complete one and `best` the one by the metric it was saved with; incomplete ones are skipped
+    with one warning each, those in `without` silently; None when there is none. The stored tensors are compared with
+    their checksums when they are read, all other files here. With an accelerator every rank must call this: they agree
+    on what rank 0 finds. Raises ValueError when a path is not a complete checkpoint, or when not every rank sees what
+    rank 0 does.
     """
     if resume_from == "none":
         return None
@@ -63,14 +75,14 @@ def find_checkpoint(run_folder: Path | str, resume_from: str, *, accelerator: Ac
     candidates = whole_checkpoints(parent) if is_main else []
     if resume_from == "best":
         candidates = best_first(candidates)
+    candidates = [one for one in candidates if one[0] not in without]
     if accelerator is not None:
         candidates = broadcast_object_list([candidates])[0]
-    rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     for path, _ in candidates:
-        manifest = agreed_manifest(path, accelerator)
         problem = None
+        manifest = agreed_manifest(path, accelerator)
         try:
-            compare_checksums(path, manifest, rank, ranks)
+            compare_checksums(path, manifest, [name for name in manifest["files"] if not name.endswith(TENSORS)])
         except (ValueError, OSError) as error:
             problem = str(error)
         problems = [problem] if accelerator is None else gather_object([problem])
@@ -88,10 +100,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     Raises ValueError when the checkpoint is incomplete or corrupt.
     """
     path = Path(path)
-    compare_checksums(path, read_manifest(path), 0, 1)
+    manifest = read_manifest(path)
     stored = stored_tensors(path, WEIGHT)
     weights = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    read_tensors(path, {WEIGHT + name: tensor for name, tensor in weights.items()})
+    read_tensors(path, {WEIGHT + name: tensor for name, tensor in weights.items()}, manifest)
     return weights
 
 
@@ -163,11 +175,15 @@ def agreed_manifest(path: Path, accelerator: Accelerator | None) -> dict[str, An
     return manifest
 
 
-def compare_checksums(path: Path, manifest: Mapping[str, Any], rank: int, ranks: int) -> None:
-    """Raise ValueError where a file's contents are not those it was written with; of `ranks`, each reads its part."""
-    for name, (_, expected) in list(manifest["files"].items())[rank::ranks]:
-        if checksum(path / name) != expected:
-            raise ValueError(f"{path} is not a whole checkpoint: {name} was altered after it was written.")
+def compare_checksums(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise AlteredError where the contents of one of these files are not those that it was written with."""
+    for name in names:
+        refuse_altered(path, manifest, name, checksum(path / name))
+
+
+def refuse_altered(path: Path, manifest: Mapping[str, Any], name: str, found: int) -> None:
+    if found != manifest["files"][name][1]:
+        raise AlteredError(f"{path} is not a whole checkpoint: {name} was altered after it was written.")
 
 
 def whole_checkpoints(parent: Path, *, warn: bool = True) -> list[tuple[Path, dict[str, Any]]]:
@@ -207,12 +223,66 @@ def stored_tensors(path: Path, first: str) -> dict[str, TensorStorageMetadata]:
     return {key.removeprefix(first): entry for key, entry in stored.items() if key.startswith(first)}  # type: ignore
 
 
-def read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
-    """Fill tensors, shards or whole, with what is stored under their keys; no rank waits for another."""
+def read_tensors(
+    path: Path, targets: Mapping[str, Tensor], manifest: Mapping[str, Any], rank: int = 0, ranks: int = 1
+) -> None:
+    """Fill tensors, shards or whole, with what is stored under their keys; no rank waits for another.
+
+    Of `ranks`, each compares the checksums of its part of the files, while it reads them. Raises AlteredError, when
+    some tensors are filled already.
+    """
+    names = sorted((name for name in manifest["files"] if name.endswith(TENSORS)), key=lambda name: (len(name), name))
+    reader = _Reader(path, manifest, names[rank::ranks])
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that it reads without a process group, which is the intention
-        distributed_checkpoint.load(dict(targets), storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+        try:
+            distributed_checkpoint.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
+        except CheckpointException as error:  # torch puts its own around what was raised
+            raise next(iter(error.failures.values()))[0] from None
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, which reads each file from front to back and compares the checksums of those in `checked`."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], checked: Sequence[str]):
+        super().__init__(path)
+        self.folder, self.manifest, self.checked = path, manifest, checked
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        wanted: dict[str, dict[tuple[int, int], list[ReadItem]]] = {name: {} for name in self.checked}
+        for item in plan.items:  # a stored piece may be wanted for several places
+            stored = self.storage_data[item.storage_index]
+            pieces = wanted.setdefault(stored.relative_path, {})
+            pieces.setdefault((stored.offset, stored.length), []).append(item)
+        for name, pieces in wanted.items():
+            try:
+                self._read_file(name, pieces, planner)
+            except RuntimeError:  # torch cannot read what was altered
+                refuse_altered(self.folder, self.manifest, name, checksum(self.folder / name))
+                raise
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_file(self, name: str, pieces: dict[tuple[int, int], list[ReadItem]], planner: LoadPlanner) -> None:
+        value, checked = 0, name in self.checked
+        with open(self.folder / name, "rb") as file:
+            for offset, length in sorted(pieces):
+                if checked:
+                    value = checksum_of(file, value, offset - file.tell())
+                file.seek(offset)
+                data = file.read(length)
+                value = zlib.crc32(data, value)
+                tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                for item in pieces[offset, length]:
+                    part = tensor
+                    for axis, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                        part = part.narrow(axis, start, size)
+                    target = planner.resolve_tensor(item).detach()
+                    planner.commit_tensor(item, target.copy_(part))
+            if checked:
+                refuse_altered(self.folder, self.manifest, name, checksum_of(file, value))
 
 
 def remove(path: Path) -> None:
@@ -259,10 +329,14 @@ def sealed(path: Path) -> list[int]:
 
 def checksum(path: Path) -> int:
     """CRC-32 of a file."""
-    value = 0
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            value = zlib.crc32(block, value)
+        return checksum_of(file)
+
+
+def checksum_of(file: IO[bytes], value: int = 0, length: float = math.inf) -> int:
+    """CRC-32 of the next `length` bytes of a file, going on from `value`."""
+    while length > 0 and (block := file.read(int(min(BLOCK, length)))):
+        value, length = zlib.crc32(block, value), length - len(block)
     return value
 
 

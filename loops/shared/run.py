@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 from loops.shared.checkpoint import NotSaved, Saver, load_checkpoint
-from loops.shared.checkpoint_files import find_checkpoint, read_extra, read_manifest, read_state
+from loops.shared.checkpoint_files import AlteredError, find_checkpoint, read_extra, read_manifest, read_state
 from loops.shared.failures import TERMINATED, FiniteGuard, StopRequest, Watch, explain_out_of_memory, group_timeout
 from loops.shared.identity import (
     package_versions,
@@ -367,8 +367,19 @@ class Run:
         if self.checkpoint is None:
             return 0
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
-        checked = self.config.resume_from in ("latest", "best")
-        state = load_checkpoint(self.checkpoint, accelerator=self.accelerator, checked=checked, **objects)
+        skipped: list[Path] = []
+        while True:
+            try:
+                state = load_checkpoint(self.checkpoint, accelerator=self.accelerator, **objects)
+                break
+            except AlteredError as error:
+                skipped.append(self.checkpoint)
+                wanted = self.config.resume_from if self.config.resume_from in ("latest", "best") else "none"
+                found = find_checkpoint(self.folder, wanted, accelerator=self.accelerator, without=skipped)
+                if found is None:
+                    raise
+                self.checkpoint = found
+                self.print_main(f"skipped: {error}")
         self._begin(state["step"])
         self.print_main(f"resuming from {self.checkpoint}")
         told = {key: value for key, value in self.identity["rows_from"].items() if key.startswith(("eval_", "code "))}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -580,6 +581,21 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(tmp
         with pytest.raises(ValueError, match="output_dir .* cannot be written"):
             run("sft", folder, "--max_steps", "1")
     assert "trains" not in capfd.readouterr().out
+
+
+def test_latest_passes_over_an_altered_checkpoint(tmp_path, capfd):
+    """Steps 1, 2 and 3 are saved and 2, 3 kept; a bit of the third's tensors turns: 2 is resumed."""
+    run("sft", tmp_path / "run", "--max_steps", "3", "--save_steps", "1", *TINY)
+    newest = max((tmp_path / "run/checkpoints").iterdir())
+    data = bytearray((newest / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "__0_0.distcp").write_bytes(data)
+    shutil.rmtree(tmp_path / "run/model")
+    AcceleratorState._reset_state(True)
+    rows = run("sft", tmp_path / "run", "--max_steps", "3", "--save_steps", "1", *TINY, "--resume_from", "latest")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    said = capfd.readouterr().out
+    assert f"skipped: {newest} is not a whole checkpoint: __0_0.distcp was altered" in said and "step000002\n" in said
 
 
 @pytest.mark.parametrize("phase", ["a step", "the first evaluation"])

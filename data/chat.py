@@ -7,22 +7,30 @@ it stands, and a token that straddles the end of the prompt belongs to the compl
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os.path
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from data.tools import parse_tool_calls, parse_tools, with_probe_names
+from data.spans import (
+    FLAGS,
+    SYSTEM_ROLES,
+    THOUGHTS,
+    Message,
+    Span,
+    Tokenizer,
+    render,
+    render_checked,
+    render_turns,
+    trained_spans,
+    turn_ends,
+)
+from data.tools import parse_tool_calls, parse_tools
 
 Row = dict[str, Any]
-Message = dict[str, Any]
-Span = tuple[int, int]  # characters start .. end-1 of a text
-Tokenizer = Any  # a Hugging Face tokenizer; transformers is not imported here
 Encoded = TypeVar("Encoded", "Example", "Pair", "Prompt")
 
 
@@ -321,11 +329,12 @@ def encode_prompt(
         while name == "messages" and messages and messages[-1]["role"] == "assistant":
             messages.pop()
         begun = messages.pop()["content"] if _is_begun(messages) else ""
-        text = _render_checked(messages, tools, tokenizer, report, generation_prompt=True)
+        text, dropped = render_checked(messages, tools, tokenizer, generation_prompt=True)
+        report.dropped.update(dropped)
         if begun.lstrip().startswith("<think>") and text.rstrip().endswith("<think>"):  # of the generation prompt
             text = text.rstrip().removesuffix("<think>")
         elif begun:  # a template may put a blank in front of a reply
-            whole = _render([*messages, {"role": "assistant", "content": begun}], tools, tokenizer)
+            whole = render([*messages, {"role": "assistant", "content": begun}], tools, tokenizer)
             start = whole.rfind(begun.strip())
             if start > 0 and whole[:start].rstrip() == text.rstrip():
                 text, begun = whole[:start], begun.lstrip()
@@ -388,15 +397,10 @@ def _encode_conversation(
     """Ids and targets: the assistant turns from message `first` on, or with None every token. `cut` leaves out what
     follows the last of them."""
     tools = parse_tools(row.get("tools"))
-    messages, text = _whole_turns(messages, tools, tokenizer, report)
-    spans = [(0, len(text))] if first is None else _assistant_spans(text, messages, tools, tokenizer, first)
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and index >= (first or 0) and not all(message.get(f, 1) for f in _FLAGS):
-            span = _to_stop_token(text, _turn_span(text, messages, index, tools, tokenizer), tokenizer)
-            spans = _without(spans, span)
-        if spans and first is not None and (begun := message.get("begun", "").lstrip()):  # which a template may trim
-            found = text.find(begun, spans[0][0])
-            spans = _without(spans, (0, found + len(begun) if found >= 0 else spans[0][0]))
+    messages, text, dropped = render_turns(messages, tools, tokenizer)
+    report.dropped.update(dropped)
+    report.stop_tokens.update(turn_ends(tokenizer))
+    spans = trained_spans(text, messages, tools, tokenizer, first)
     if cut and spans:
         text = text[: spans[-1][1]]
     ids, is_target = _tokenise(text, spans, tokenizer, special=False)
@@ -405,34 +409,26 @@ def _encode_conversation(
     return ids, is_target
 
 
-def _without(spans: list[Span], hole: Span) -> list[Span]:
-    pieces = [piece for start, end in spans for piece in ((start, min(end, hole[0])), (max(start, hole[1]), end))]
-    return [(start, end) for start, end in pieces if start < end]
-
-
 def _tokenise(text: str, spans: list[Span], tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[bool]]:
     """Ids, and for each whether any of its characters lies in a span (spans in ascending order).
 
     `special` lets the tokenizer put its own special tokens in front, unless the text starts with one already: a
     beginning-of-sequence token stands exactly once. One that it adds at the end is left to the caller.
     """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} does not tell which characters a token stands for; give a"
+            " tokenizer_id with a tokenizer.json (a fast tokenizer)."
+        )
     special = special and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    fast = bool(getattr(tokenizer, "is_fast", False))
     # verbose=False: no warning about model_max_length, the length is dealt with by max_seq_length.
-    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
+    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ids = list(encoding["input_ids"])
     stop = tokenizer.eos_token_id
     if special and stop is not None and ids[-1:] == [stop]:
         if not text.endswith(tokenizer.eos_token) or ids[-2:] == [stop, stop]:
             ids.pop()
     is_target = [False] * len(ids)
-    if not fast:
-        for start, end in spans:
-            first = _shared_length(ids, _prefix_ids(text[:start], tokenizer, special))
-            last = len(ids) if end == len(text) else _shared_length(ids, _prefix_ids(text[:end], tokenizer, special))
-            is_target[first:last] = [True] * (last - first)
-        return ids, is_target
-
     offsets = encoding["offset_mapping"][: len(ids)]
     pending = list(reversed(spans))
     for index, (begin, end) in enumerate(offsets):
@@ -442,10 +438,6 @@ def _tokenise(text: str, spans: list[Span], tokenizer: Tokenizer, *, special: bo
             pending.pop()
         is_target[index] = bool(pending) and end > pending[-1][0]
     return ids, is_target
-
-
-def _prefix_ids(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _shared_length(left: Iterable[Any], right: Iterable[Any]) -> int:
@@ -475,8 +467,8 @@ def _join(prompt: Any, reply: Any, name: str) -> tuple[list[Message], list[Messa
     conversations): what both say is taken once. A system message may stand in either.
     """
     context, reply = _as_messages(prompt, "user", "prompt"), _as_messages(reply, "assistant", name)
-    if reply[0]["role"] in _SYSTEM:
-        if context[0]["role"] not in _SYSTEM:
+    if reply[0]["role"] in SYSTEM_ROLES:
+        if context[0]["role"] not in SYSTEM_ROLES:
             context = [reply[0], *context]
         elif not _same(context[:1], reply[:1]):
             raise ValueError(f"its prompt and its {name} begin with different system messages; keep one of them.")
@@ -509,9 +501,6 @@ def _is_begun(context: list[Message]) -> bool:
     return len(context) > 1 and last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
 
 
-_SYSTEM = ("system", "developer")
-
-
 def _same(left: list[Message], right: list[Message]) -> bool:
     """Whether two lists of messages say the same; blanks at the ends of their contents do not count."""
     said = [[(m["role"], m["content"].strip(), m.get("tool_calls")) for m in messages] for messages in (left, right)]
@@ -532,12 +521,7 @@ def _pair_messages(prompt: Any, chosen: Any, rejected: Any) -> list[tuple[list[M
 
 def _asks_nothing(context: list[Message], reply: list[Message]) -> bool:
     """Whether the question of a pair stands in its completion, so that the other completion may answer another one."""
-    return not context or (reply[0]["role"] == "user" and all(message["role"] in _SYSTEM for message in context))
-
-
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_FLAGS = ("weight", "train", "training", "loss")
-"""Keys of a message that say whether a reply is trained (OpenAI's, Mistral's and other frameworks')."""
+    return not context or (reply[0]["role"] == "user" and all(message["role"] in SYSTEM_ROLES for message in context))
 
 
 class NoReply(ValueError):
@@ -556,256 +540,17 @@ def _as_message(message: Any, key: str) -> Message:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"its {key} holds the content {_shown(content)}; give text.")
-    for name in _FLAGS:
+    for name in FLAGS:
         if name in message and message[name] not in (0, 1):
             raise ValueError(
                 f"its {key} holds a message with {name} {_shown(message[name])}; give 1 or true to train on it, 0 or"
                 " false to keep it as context."
             )
     calls = message.pop("tool_calls", None) or message.pop("function_call", None)  # one call, in OpenAI's older rows
-    if message["role"] == "assistant" and not (calls or message.keys() & {"content", *_THOUGHTS}):
+    if message["role"] == "assistant" and not (calls or message.keys() & {"content", *THOUGHTS}):
         raise NoReply(f"its {key} holds a reply that is null; give text.")
     return {**message, "content": content, **({"tool_calls": parse_tool_calls(calls)} if calls else {})}
 
 
 def _shown(value: Any) -> str:
     return f"{value!r:.80}"
-
-
-def _render(
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None,
-    tokenizer: Tokenizer,
-    *,
-    generation_prompt: bool = False,
-    template: str | None = None,
-) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, chat_template=template
-        )
-    except Exception as error:  # templates raise whatever they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses it: {reason}.") from error
-
-
-def _render_checked(
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None,
-    tokenizer: Tokenizer,
-    report: EncodeReport,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    """The conversation as text; refused where there is no template, or one that drops tools or calls. Other words that
-    the template drops are counted."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"it is a conversation and the tokenizer {tokenizer.name_or_path} has no chat template;"
-            " give a tokenizer_id that has one, or input_template and output_template for plain text."
-        )
-    probed_messages, probed_tools, names = with_probe_names(messages, tools)
-    if names:
-        probe = _render(probed_messages, probed_tools, tokenizer, generation_prompt=generation_prompt)
-        dropped = [name for name in names if name not in probe]
-        if dropped:
-            raise ValueError(
-                f"the chat template of {tokenizer.name_or_path} drops {len(dropped)} of its {len(names)} tools and"
-                " tool calls without a word; give a tokenizer_id whose template renders tools, or remove them from"
-                " the rows with a converter."
-            )
-    text = _render(messages, tools, tokenizer, generation_prompt=generation_prompt)
-    report.dropped.update(kind for kind, words in _words(messages) if words.strip() not in text)
-    return text
-
-
-def _words(messages: list[Message]) -> Iterator[tuple[str, str]]:
-    """What a template may leave out without a word, and its name in the report."""
-    for message in messages:
-        content = message["content"]
-        if message["role"] == "assistant":
-            for key in _THOUGHTS:
-                if isinstance(message.get(key), str):
-                    yield "thoughts", message[key]
-            thought, closed, answer = content.rpartition("</think>")
-            if closed:
-                yield "thoughts", thought.rpartition("<think>")[2]
-            yield ("words beside tool calls" if "tool_calls" in message else "replies"), answer
-        elif message["role"] in _SYSTEM:
-            yield "system messages", content
-        elif message["role"] == "user":
-            yield "questions", content
-
-
-# Where a turn ends
-
-
-def turn_ends(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The tokens with which the chat template ends an assistant's turn; of a plain reply the first of them.
-
-    That is the token that it writes after the last reply, else the one that follows a reply when a question
-    comes after it, else (`_whole_turns` appends it) the tokenizer's end of sequence. A turn that calls tools may end
-    with another one.
-    """
-    return _turn_ends(tokenizer, str(tokenizer.chat_template))
-
-
-@functools.lru_cache(maxsize=16)
-def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
-    probe = "probe_of_plumbline"
-    talk: list[Message] = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": probe}]
-    call = {"type": "function", "function": {"name": probe, "arguments": {}}}
-    calling: list[Message] = [talk[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-
-    def after(messages: list[Message]) -> str:
-        """What follows the probe; nothing where the template refuses or drops it."""
-        try:
-            return _render(messages, None, tokenizer).partition(probe)[2] if template != "None" else ""
-        except ValueError:
-            return ""
-
-    added = [token for added in tokenizer.added_tokens_decoder.values() if (token := str(added)).strip()]
-    added.sort(key=len, reverse=True)
-    last, followed, called = after(talk).lstrip(), after([*talk, talk[0]]).lstrip(), after(calling).rstrip()
-    stops = [token for token in added if last.startswith(token)][:1]
-    stops = stops or [token for token in added if followed.startswith(token)][:1] or [tokenizer.eos_token]
-    if stops == [None]:
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} writes no token at the end of a reply and the tokenizer has"
-            " no end-of-sequence token, so no reply would ever end; give a tokenizer_id that has one of them."
-        )
-    if stops[0] not in called:
-        stops += [token for token in _special_tokens(tokenizer) if called.endswith(token)][:1]
-    return tuple(stops)
-
-
-@functools.lru_cache(maxsize=16)
-def _special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
-
-
-def _whole_turns(
-    messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: Tokenizer, report: EncodeReport
-) -> tuple[list[Message], str]:
-    """The messages and their text, in which each turn has one stop token: a reply that spells it is rid of its own, and
-    where the template writes none after the last reply it is appended."""
-    stops = turn_ends(tokenizer)
-    report.stop_tokens.update(stops)
-    messages = [dict(message) for message in messages]
-    ends = (*stops, tokenizer.eos_token or stops[0])  # rows made for another template, or for none, spell the latter
-    for message in messages:
-        while message["role"] == "assistant" and message["content"].rstrip().endswith(ends):
-            content = message["content"].rstrip()
-            message["content"] = content[: -len(next(end for end in ends if content.endswith(end)))]
-    text = _render_checked(messages, tools, tokenizer, report)
-    if messages[-1]["role"] == "assistant" and not text.rstrip().endswith((*stops, *_special_tokens(tokenizer))):
-        text += stops[0]
-    return messages, text
-
-
-# Which characters are the assistant's
-
-
-def _assistant_spans(
-    text: str, messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: Tokenizer, first: int
-) -> list[Span]:
-    """The characters of the assistant turns from message `first` on, each with its stop token.
-
-    Taken from the template's `{% generation %}` markers where it has them, else from what each turn adds to the text.
-    An assistant turn that opens the conversation answers nothing and stays context in the second way.
-    """
-    template = tokenizer.get_chat_template(tools=tools)
-    if any(match[1] for match in _MARKER.finditer(template)):
-        begin = 0
-        if first > 0:
-            context = _render(messages[:first], tools, tokenizer, generation_prompt=True)
-            begin = len(os.path.commonprefix([context, text]))
-        marked = _marked_spans(text, messages, tools, tokenizer, template)
-        spans = [(max(start, begin), end) for start, end in marked if end > begin]
-    else:
-        spans = [
-            _turn_span(text, messages, index, tools, tokenizer)
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant" and index >= max(first, 1)
-        ]
-    return [_to_stop_token(text, span, tokenizer) for span in spans]
-
-
-_MARKER = re.compile(r"\{#.*?#\}|(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", re.DOTALL)  # comments mark nothing
-_OPEN, _CLOSE = "\ue0f0plumbline(", ")plumbline\ue0f1"
-
-
-def _marked_spans(
-    text: str, messages: list[Message], tools: list[dict[str, Any]] | None, tokenizer: Tokenizer, template: str
-) -> list[Span]:
-    """The spans inside `{% generation %}`: each marker becomes a call of a macro that writes brackets around its body.
-
-    (transformers' own assistant mask needs a fast tokenizer, and where the last character of a marked span is a space
-    that the tokenizer trims from its offsets it marks the whole rest of the conversation.)
-    """
-    macro = f"{{% macro plumbline_turn() %}}{_OPEN}{{{{ caller() }}}}{_CLOSE}{{% endmacro %}}{{{{ '' }}}}"
-    bracketed = _MARKER.sub(
-        lambda m: m[1] + ("endcall" if m[2] else "call plumbline_turn()") + m[3] if m[1] else m[0], template
-    )
-    rendered = _render(messages, tools, tokenizer, template=macro + bracketed)
-    spans: list[Span] = []
-    plain = ""
-    for piece in rendered.split(_OPEN):
-        inside, closed, outside = piece.partition(_CLOSE)
-        if closed and inside:
-            spans.append((len(plain), len(plain) + len(inside)))
-        plain += inside + outside
-    if not text.startswith(plain):
-        raise ValueError(
-            f"the {{% generation %}} markers of {tokenizer.name_or_path}'s chat template change what it renders;"
-            " remove them from the template."
-        )
-    return spans
-
-
-def _turn_span(
-    text: str, messages: list[Message], index: int, tools: list[dict[str, Any]] | None, tokenizer: Tokenizer
-) -> Span:
-    """The characters that assistant message `index` adds after its generation prompt."""
-    prompt = _render(messages[:index], tools, tokenizer, generation_prompt=True)
-    turn = text if index == len(messages) - 1 else _render(messages[: index + 1], tools, tokenizer)
-    start = len(os.path.commonprefix([prompt, text]))
-    context = 0
-    if start < len(prompt):
-        # A generation prompt may say more than the turn (an empty thinking block where the turn thinks): the turn
-        # then starts where they part, as long as the header of the turn is still shared.
-        context = len(_render(messages[:index], tools, tokenizer))
-    if start >= len(prompt) or start > context:
-        if text.startswith(turn):
-            return start, len(turn)
-        # Templates such as Qwen3's drop the reasoning of earlier turns: the turn then stands in the text without its
-        # beginning, and its longest ending that follows the prompt is what the text has of it.
-        visible = messages[index]["content"].split("</think>")[-1].strip()
-        for cut in range(start, len(turn)):
-            ending = turn[cut:]
-            if text.startswith(ending, start) and ending.strip() and visible in ending:
-                return start, start + len(ending)
-    raise ValueError(
-        f"the chat template of {tokenizer.name_or_path} renders message {index + 1} differently once more messages"
-        " follow, so its tokens cannot be told apart; put {% generation %} markers into the template, cut the"
-        " conversation after that message, or set assistant_only_loss: false."
-    )
-
-
-def _to_stop_token(text: str, span: Span, tokenizer: Tokenizer) -> Span:
-    """The span ended right after the token that stops the turn: the model writes nothing after it."""
-    start, end = span
-    trimmed = start + len(text[start:end].rstrip())
-    stops = turn_ends(tokenizer)
-    for markers, gap in ((stops, r"\s*"), (_special_tokens(tokenizer), "")):
-        if text.endswith(tuple(markers), start, trimmed):
-            return start, trimmed
-        followed = re.compile(f"{gap}({'|'.join(map(re.escape, markers))})").match(text, end)
-        if followed:
-            return start, followed.end()
-        # A template may write more after the stop token of the last turn, such as the end of sequence.
-        inside = max((text.rfind(stop, start, end) + len(stop) for stop in stops if stop in text[start:end]), default=0)
-        if inside:
-            return start, inside
-    return span

@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.chat import EncodeConfig, EncodeReport, encode_example, encode_pair, encode_prompt, encode_rows, turn_ends
+from data.chat import EncodeConfig, EncodeReport, encode_example, encode_pair, encode_prompt, encode_rows
 from data.load import DataConfig, load_rows
+from data.spans import turn_ends
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -67,23 +68,6 @@ def bytes_tokenizer(
     )
 
 
-class SlowTokenizer:
-    """The same tokenizer without offsets, as one in Python would be."""
-
-    is_fast = False
-
-    def __init__(self, fast: PreTrainedTokenizerFast):
-        self.fast = fast
-
-    def __call__(self, text, **options):
-        if options.pop("return_offsets_mapping", False):
-            raise NotImplementedError("no offsets")
-        return self.fast(text, **options)
-
-    def __getattr__(self, name):
-        return getattr(self.fast, name)
-
-
 def trained(row: dict, tokenizer, **settings) -> str:
     """The text of the targets."""
     example = encode_example(row, tokenizer, EncodeConfig(**settings))
@@ -129,7 +113,7 @@ def test_special_tokens_stand_exactly_once(kind):
     assert chat.prompt_ids.count(bos) == 1
 
 
-def test_masks_are_equal_by_markers_by_prefixes_and_without_offsets():
+def test_masks_are_equal_by_markers_and_by_prefixes():
     marked, unmarked = bytes_tokenizer(CHATML), bytes_tokenizer(UNMARKED)
     splits = [{"prompt": TALK[:cut], "completion": TALK[cut:]} for cut in (2, 4)]
     rows = [{"messages": TALK}, *splits]
@@ -137,7 +121,6 @@ def test_masks_are_equal_by_markers_by_prefixes_and_without_offsets():
         expected = encode_example(row, marked, EncodeConfig())
         assert sum(expected.is_target) > 5
         assert encode_example(row, unmarked, EncodeConfig()) == expected
-        assert encode_example(row, SlowTokenizer(unmarked), EncodeConfig()) == expected
     last = " ".join(trained(row, marked) for row in rows)
     assert last.count("h\u00e9llo") == 2 and last.count("fine.<|im_end|>") == 3
 
@@ -292,8 +275,13 @@ def test_a_token_across_the_boundary_belongs_to_the_completion():
     """With the merge ":" + "x", "ab:" + "xy" is a b :x y; ":x" must be trained, with and without offsets."""
     tokenizer = bytes_tokenizer(merges=[(":", "x")])
     row = {"prompt": "ab:", "completion": "xy"}
-    for each in (tokenizer, SlowTokenizer(tokenizer)):
-        assert trained(row, each) == ":xy</s>"
+    assert trained(row, tokenizer) == ":xy</s>"
+
+
+def test_a_tokenizer_without_offsets_is_refused(monkeypatch):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(ValueError, match="give a tokenizer_id with a tokenizer.json"):
+        trained({"prompt": "a", "completion": "b"}, bytes_tokenizer())
 
 
 def test_turns_whose_thinking_is_dropped_later_are_still_found():
@@ -553,8 +541,6 @@ def test_real_chats_train_the_replies_alone(name):
         if think:  # in the generation prompt already; the template strips newlines in front
             replies = [reply.lstrip("\n") for reply in replies]
         assert tokenizer.decode([i for i, t in pairs if t]) == "".join(reply + "<|im_end|>" for reply in replies)
-        slow = encode_example(row, SlowTokenizer(tokenizer), EncodeConfig(max_seq_length=10000))
-        assert slow == example
 
 
 @needs_shared

@@ -36,7 +36,7 @@ from configs.spellings import RENAMED
 from data.chat import EncodeConfig, Prompt, encode_example, encode_prompt, encode_rows
 from data.load import DataConfig, convert_rows, load_rows, read_rows
 from data.rewards import RewardConfig, RewardFn, build_reward_fn
-from launch.trained import Trained, find_trained, rebuild_policy, run_folder_of
+from launch.trained import TrainedModel, find_trained, rebuild_policy, run_folder_of
 from loops import dpo, grpo, sft
 from loops.shared.models import ModelConfig, add_stop_tokens, build_policy, build_tokenizer, find_source, resolve_dtype
 from loops.shared.rollout import Completion, RolloutConfig, build_engine
@@ -46,10 +46,10 @@ from loops.shared.tracking import replace_text
 PROG = "python -m launch.evaluate"
 REFERENCES = ("reference", "completion", "chosen", "answer")  # columns, in the order in which they are looked for
 ROUGE = ("rouge1", "rouge2", "rougeL")
-SAID_HERE = {"dataset_name": "eval_dataset_name", "dataset_split": "eval_dataset_split"}
-SAID_HERE |= {"max_samples": "max_eval_samples", "test_path": "eval_dataset_name"}
-SAID_HERE |= {"batch_size": "generation_batch_size", "max_tokens": "max_completion_length"}
-SAID_HERE |= {name: f"vllm_{name}" for name in ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")}
+OWN_NAMES = {"dataset_name": "eval_dataset_name", "dataset_split": "eval_dataset_split"}
+OWN_NAMES |= {"max_samples": "max_eval_samples", "test_path": "eval_dataset_name"}
+OWN_NAMES |= {"batch_size": "generation_batch_size", "max_tokens": "max_completion_length"}
+OWN_NAMES |= {name: f"vllm_{name}" for name in ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")}
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # sampling settings that ask for no sampling
 
 
@@ -97,7 +97,7 @@ def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None
         elif plain == "temperature" and re.fullmatch(r"0+\.?0*|\.0+", str(value)):
             keys = keys - {plain} | {"greedy"}
         else:
-            rest.append((SAID_HERE.get(plain, key), value))
+            rest.append((OWN_NAMES.get(plain, key), value))
     name = own.get("source")
     if name is None and ("checkpoints" in own or not (options or "model_id" in keys)):
         name = str(find_trained(None, checkpoints_dir=own.get("checkpoints", "results")).path)
@@ -120,7 +120,7 @@ def with_sampling(config: Config, given: set[str]) -> Config:
     return replace(config, do_sample=(config.do_sample or bool(asked)) and not greedy)
 
 
-def find_model(name: str | None, config: Config) -> Trained | ModelConfig:
+def find_model(name: str | None, config: Config) -> TrainedModel | ModelConfig:
     """What is evaluated: trained weights of a run, or the settings that read a whole model or a hub id."""
     if name and Path(name).expanduser().is_dir():
         trained = find_trained(name)
@@ -135,9 +135,9 @@ def find_model(name: str | None, config: Config) -> Trained | ModelConfig:
     return replace(model, lora_r=0, use_dora=False, use_rslora=False, modules_to_save=None)
 
 
-def build_model(found: Trained | ModelConfig, tokenizer: Any, device: torch.device) -> torch.nn.Module:
+def build_model(found: TrainedModel | ModelConfig, tokenizer: Any, device: torch.device) -> torch.nn.Module:
     """The model in evaluation mode; one without adapters has bfloat16 on a GPU unless `torch_dtype` says otherwise."""
-    if isinstance(found, Trained):
+    if isinstance(found, TrainedModel):
         return rebuild_policy(found, device=device)
     dtype = resolve_dtype(replace(found, lora_r=max(found.lora_r, 1)), device)  # what a frozen model has
     found = replace(found, torch_dtype=str(dtype).removeprefix("torch."))
@@ -264,8 +264,8 @@ def mean_scores(predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
 def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, float]:
     """Generate, score, write; returns the means (on every process)."""
     found = find_model(name, config)
-    model = found.model if isinstance(found, Trained) else found
-    step = (found.step or 0) if isinstance(found, Trained) else 0
+    model = found.model if isinstance(found, TrainedModel) else found
+    step = (found.step or 0) if isinstance(found, TrainedModel) else 0
     tokenizer = build_tokenizer(model)
     rows = evaluation_rows(config)
     prompts, report = encode_rows(rows, encode_prompt, tokenizer, config.encode, what="rows")

@@ -25,7 +25,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from configs.loader import load_config
-from launch.trained import Trained, find_trained, hint_at_base_model, rebuild_policy
+from launch.trained import TrainedModel, find_trained, hint_at_base_model, rebuild_policy
 from loops.shared.checkpoint_files import REPLACED
 from loops.shared.layers import LOGITS_TOLERANCE
 from loops.shared.models import build_tokenizer
@@ -66,7 +66,9 @@ class Options:
             raise ValueError(f"dtype is {self.dtype}; give {', '.join(DTYPES)}.")
 
 
-def export(trained: Trained, output: Path, *, merge: bool, dtype: torch.dtype | None = None, command: str = "") -> str:
+def export(
+    trained: TrainedModel, output: Path, *, merge: bool, dtype: torch.dtype | None = None, command: str = ""
+) -> str:
     """Write `output` and return the sentence that says how it compares with the policy.
 
     Args:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """Trained weights on disk, and what it takes to build the model around them."""
+class TrainedModel:
+    """TrainedModel weights on disk, and what it takes to build the model around them."""
 
     path: Path
     """A checkpoint, or a folder in Hugging Face's format."""
@@ -49,7 +49,7 @@ class Trained:
         return f"{f'step {self.step}, ' if self.step is not None else ''}{what} {self.model.model_id}"
 
 
-def find_trained(name: str | None, *, checkpoints_dir: str = "results", base_model: str | None = None) -> Trained:
+def find_trained(name: str | None, *, checkpoints_dir: str = "results", base_model: str | None = None) -> TrainedModel:
     """What `name` means: a checkpoint, a run folder (its newest weights), an adapter; None is the newest checkpoint.
 
     Args:
@@ -117,7 +117,7 @@ def run_folder_of(path: Path) -> Path | None:
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 
 
-def rebuild_policy(trained: Trained, *, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
+def rebuild_policy(trained: TrainedModel, *, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
     """The policy as it was trained, with the trained weights, in evaluation mode.
 
     Raises ValueError: the base model cannot be read, or the weights do not fit it.
@@ -147,7 +147,7 @@ def hint_at_base_model() -> Iterator[None]:
         raise ValueError(f"{str(error).rstrip('.')} (base_model names another base).") from error
 
 
-def _read_checkpoint(path: Path, base_model: str | None) -> Trained:
+def _read_checkpoint(path: Path, base_model: str | None) -> TrainedModel:
     """A checkpoint with the settings of its run folder, else with those in its own state."""
     manifest, state = read_manifest(path), read_state(path)
     run = run_folder_of(path)
@@ -173,7 +173,7 @@ def _read_checkpoint(path: Path, base_model: str | None) -> Trained:
     return _trained(path, "checkpoint", config, state, settings, dtype=resolve_dtype(config, manifest["device"]))
 
 
-def _read_export(path: Path, base_model: str | None) -> Trained:
+def _read_export(path: Path, base_model: str | None) -> TrainedModel:
     """A folder in Hugging Face's format: an adapter with the settings of its run, else as it says itself."""
     if base_model and (path / "adapter_config.json").is_file():
         raise ValueError(
@@ -201,7 +201,7 @@ def _read_export(path: Path, base_model: str | None) -> Trained:
 
 def _trained(
     path: Path, kind: str, config: ModelConfig, state: Mapping, settings: Mapping, *, dtype: torch.dtype
-) -> Trained:
+) -> TrainedModel:
     config = replace(
         config,
         torch_dtype=str(dtype).removeprefix("torch."),
@@ -209,7 +209,7 @@ def _trained(
         compile=False,
         gradient_checkpointing=False,
     )
-    return Trained(
+    return TrainedModel(
         path=path,
         kind=kind,
         model=config,

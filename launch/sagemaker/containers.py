@@ -11,13 +11,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from launch.sagemaker.checks import check_environment
 from launch.sagemaker.instances import gpus_of
-from launch.sagemaker.limits import check_environment
 
 IMAGES = {"vllm": {"framework": "vllm", "version": "0.30.0"}, "lmi": {"framework": "djl-lmi", "version": "0.38.0"}}
 AMI = "al2023-ami-sagemaker-inference-gpu-4-1"  # driver 580: the images are built for CUDA 13.0
 MODEL = "/opt/ml/model"
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def container_environment(options: Options, adapter: str = MODEL) -> dict[str, s
         "ENABLE_AUTO_TOOL_CHOICE": "true" if options.tool_call_parser else None,
     }
     if options.lora_rank:
-        values |= {"ENABLE_LORA": "true", "MAX_LORA_RANK": room_for(options.lora_rank)}
+        values |= {"ENABLE_LORA": "true", "MAX_LORA_RANK": served_rank(options.lora_rank)}
     found = {}
     if vllm:
         values["TENSOR_PARALLEL_SIZE"] = options.parallel
@@ -106,8 +106,8 @@ def container_environment(options: Options, adapter: str = MODEL) -> dict[str, s
     return found | {f"{prefix}_{name}": str(value) for name, value in values.items() if value is not None}
 
 
-def room_for(rank: int) -> int:
-    """The smallest rank that vLLM can be told which holds this one. Raises ValueError above the largest."""
+def served_rank(rank: int) -> int:
+    """The smallest `max_lora_rank` of vLLM that this rank fits into. Raises ValueError above the largest."""
     for room in LORA_RANKS:
         if rank <= room:
             return room

@@ -21,9 +21,9 @@ from typing import Any
 
 from configs.loader import load_config
 from launch.sagemaker.account import Account, check_sdk
+from launch.sagemaker.checks import check_no_secrets, split_s3
 from launch.sagemaker.containers import IMAGES, Options, container_environment
 from launch.sagemaker.failures import aws_errors, is_gone, one_sentence_errors, sentence_of
-from launch.sagemaker.limits import check_no_secrets, split_s3
 
 METHODS = {"Model": "{}_model", "EndpointConfig": "{}_endpoint_config", "Endpoint": "{}_endpoint"}
 """What an endpoint is made of, in the order of making, and boto3's methods for it."""

@@ -32,8 +32,8 @@ from typing import Any
 if __package__ in (None, ""):  # started by its path, as the toolkit does
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launch.sagemaker.places import Places, find_places, loop_words, read_literal
-from launch.sagemaker.rank import leave_failure
+from launch.sagemaker.folders import JobFolders, find_folders, loop_words, read_literal
+from launch.sagemaker.rank import write_failure
 
 MASTER_PORT = 7777
 # The Torchrun driver's lists, with p5en and p6, which it does not have yet.
@@ -80,9 +80,9 @@ class Cluster:
         return len(self.hosts) * self.processes
 
 
-def read_cluster(places: Places, environment: Mapping[str, str]) -> Cluster:
+def read_cluster(folders: JobFolders, environment: Mapping[str, str]) -> Cluster:
     """From resourceconfig.json, else from SM_HOSTS and SM_CURRENT_HOST, else this machine alone."""
-    found = places.read("resourceconfig") or {
+    found = folders.read("resourceconfig") or {
         "hosts": json.loads(environment.get("SM_HOSTS", '["localhost"]')),
         "current_host": environment.get("SM_CURRENT_HOST", "localhost"),
         "current_instance_type": environment.get("SM_CURRENT_INSTANCE_TYPE", ""),
@@ -131,10 +131,7 @@ def launch_command(cluster: Cluster, options: list[str], module: list[str]) -> l
 
 
 def rank_environment(cluster: Cluster, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the launcher and its ranks: what the SDK's Torchrun driver sets, and what it does not.
-
-    What the job's own environment says is kept.
-    """
+    """The environment of the launcher and its ranks. What the job's own environment says is kept."""
     settings = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
         "PYTHONUNBUFFERED": "1",
@@ -189,17 +186,17 @@ class Outcome:
 
 
 def run_launcher(command: list[str], environment: dict[str, str], *, several: bool) -> Outcome:
-    """Start the launcher, hand signals on to its ranks, wait.
+    """Start the launcher, forward signals to its ranks, wait.
 
-    Each rank must get the first signal once, for a second one makes it quit without a checkpoint. torch's agent, which
-    starts several ranks, hands it on and waits; the launcher of a single rank does not, so that rank is sent it here.
+    Each rank must get the first signal once: a second one makes it quit without a checkpoint. torch's agent, which
+    starts several ranks, forwards it and waits; the launcher of a single rank does not, so it is sent to the rank.
     """
     signals: list[int] = []
     launcher: subprocess.Popen | None = None
 
-    def hand_on(number: int, _frame: Any) -> None:
+    def forward(number: int, _frame: Any) -> None:
         signals.append(number)
-        say(f"{signal.Signals(number).name}: asking the ranks for a checkpoint" if len(signals) == 1 else "quitting")
+        log(f"{signal.Signals(number).name}: asking the ranks for a checkpoint" if len(signals) == 1 else "quitting")
         if launcher is not None:
             ranks = children_of(launcher.pid) if len(signals) > 1 or not several else []
             for process in ranks or [launcher.pid]:
@@ -209,7 +206,7 @@ def run_launcher(command: list[str], environment: dict[str, str], *, several: bo
                     continue
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, hand_on)
+        signal.signal(number, forward)
     launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     tail = bytearray()
 
@@ -224,15 +221,17 @@ def run_launcher(command: list[str], environment: dict[str, str], *, several: bo
     reader = threading.Thread(target=pass_on, daemon=True)
     reader.start()
     if signals:
-        launcher.terminate()  # one came before there was anyone to hand it to
+        launcher.terminate()  # a signal came before the launcher was there
     code = launcher.wait()
     reader.join(5)  # a grandchild that is still there may hold the pipe open
     return Outcome(code if code >= 0 else 128 - code, len(signals), tail.decode(errors="replace"))
 
 
-def last_words(tail: str) -> str:
-    """How a rank ended that left no error, by the end of what was written: the launcher's word for it, then the ranks'
-    own last lines. The launcher's traceback and table say nothing more and take all the room."""
+def last_lines(tail: str) -> str:
+    """How a rank ended that left no error: the launcher's word for it, then the ranks' last lines.
+
+    The launcher's traceback and table are left out: they say nothing more and take all the room.
+    """
     own = LAUNCHERS_OWN.search(tail)
     ended = RANK_ENDED.search(tail)
     how = f"({ended[0]}) " if ended else ""
@@ -244,38 +243,32 @@ def last_words(tail: str) -> str:
 
 def children_of(parent: int) -> list[int]:
     """Process ids of a process's children."""
-    children = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue  # it has ended meanwhile
-            if int(fields[1]) == parent:
-                children.append(int(entry.name))
-    return children
+    try:
+        return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    except OSError:
+        return []  # it has ended
 
 
-def keep_results(run: Path, places: Places) -> None:
-    """Copy what a run wrote, all but weights, to the output folder, which is kept where checkpoints are not, too."""
-    if not run.is_dir():
-        return
-    for item in run.iterdir():
-        if item.name in ("checkpoints", "model") or item.name.startswith("reference_") or ".sagemaker-" in item.name:
-            continue
-        target = places.output / item.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(item, target, dirs_exist_ok=True) if item.is_dir() else shutil.copy2(item, target)
+def keep_results(run: Path, folders: JobFolders) -> None:
+    """Copy what a run wrote, all but weights, to the output folder, which SageMaker uploads of a failed job too."""
+    weights = shutil.ignore_patterns("checkpoints", "model", "reference_*", "*.sagemaker-*")
+    if run.is_dir():
+        shutil.copytree(
+            run,
+            folders.output,
+            ignore=lambda folder, names: weights(folder, names) if Path(folder) == run else [],
+            dirs_exist_ok=True,
+        )
 
 
-def move_model(run: Path, places: Places) -> bool:
-    """Move the exported model to where SageMaker takes it from; False where this host has none."""
+def move_model(run: Path, folders: JobFolders) -> bool:
+    """Move the exported model to the folder that SageMaker uploads; False where this host has none."""
     model = run / "model"
     if not model.is_dir():
         return False
-    places.model.mkdir(parents=True, exist_ok=True)
+    folders.model.mkdir(parents=True, exist_ok=True)
     for item in model.iterdir():
-        target = places.model / item.name
+        target = folders.model / item.name
         if target.is_dir():
             shutil.rmtree(target)
         shutil.move(str(item), target)
@@ -284,35 +277,35 @@ def move_model(run: Path, places: Places) -> bool:
 
 
 def run_inference_tests(
-    cluster: Cluster, options: list[str], run: Path, places: Places, environment: dict[str, str]
+    cluster: Cluster, options: list[str], run: Path, folders: JobFolders, environment: dict[str, str]
 ) -> None:
     """Completions and scores for the rows of the channel `inference_testing`, into a folder of that name in the output.
 
-    On the host that has the model, by all its processes. A failure is said and ends nothing: the job has its model.
+    On the host that has the model, by all its processes. A failure is logged and ends nothing: the job has its model.
     """
-    rows = places.channel("inference_testing")
+    rows = folders.channel("inference_testing")
     if rows is None or not (run / "model").is_dir():
         return
     alone = replace(cluster, hosts=(cluster.current,))
-    output = places.output / "inference_testing"
+    output = folders.output / "inference_testing"
     words = ["launch.evaluate", str(run), "--dataset_name", str(rows), "--output", str(output)]
     command = launch_command(alone, options, words)
-    say(shlex.join(["accelerate", "launch", *command[3:]]))
+    log(shlex.join(["accelerate", "launch", *command[3:]]))
     outcome = run_launcher(command, environment, several=alone.total > 1)
     if outcome.code:
-        say(f"the inference tests ended with exit code {outcome.code}; the model does not depend on them")
+        log(f"the inference tests ended with exit code {outcome.code}; the model does not depend on them")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"entry: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    places = find_places()
+    folders = find_folders()
     try:
-        hyperparameters = places.read("hyperparameters") or json.loads(os.environ.get("SM_HPS", "{}"))
+        hyperparameters = folders.read("hyperparameters") or json.loads(os.environ.get("SM_HPS", "{}"))
         options: list[str] = []
         if "--" in words:
             options, (script, *words) = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -321,43 +314,43 @@ def main(argv: list[str] | None = None) -> int:
             if not script:
                 raise ValueError("nothing to run: write `-- loops/grpo.py ...`, or give the hyperparameter `loop`.")
         hyperparameters.pop("loop", None)
-        cluster = read_cluster(places, os.environ)
-        arguments = loop_words(words, hyperparameters, places, loop=Path(script).stem, say=say)
+        cluster = read_cluster(folders, os.environ)
+        arguments = loop_words(words, hyperparameters, folders, loop=Path(script).stem, log=log)
         environment = rank_environment(cluster, os.environ) | read_secrets(os.environ)
     except ValueError as error:
-        say(f"error: {error}")
-        leave_failure(str(error), places.failure)
+        log(f"error: {error}")
+        write_failure(str(error), folders.failure)
         return 2
     if os.getpid() != 1 and "TRAINING_JOB_NAME" in os.environ:
-        say("this is not PID 1, so SageMaker's SIGTERM will not come here: begin the job's command with `exec`")
+        log("this is not PID 1, so SageMaker's SIGTERM will not come here: begin the job's command with `exec`")
     run = Path([word for word in arguments if word.startswith("--output_dir=")][-1].partition("=")[2])
     command = launch_command(cluster, options, ["launch.sagemaker.rank", script, *arguments])
-    if len(cluster.hosts) > 1 and run.is_relative_to(places.checkpoints):
-        say("several hosts: to save and resume, give output_dir on storage that all share, such as a channel from FSx")
-    say(f"{cluster.current}, host {cluster.rank + 1} of {len(cluster.hosts)}, {cluster.processes} process(es) each")
-    say(shlex.join(["accelerate", "launch", *command[3:]]))
+    if len(cluster.hosts) > 1 and run.is_relative_to(folders.checkpoints):
+        log("several hosts: to save and resume, give output_dir on storage that all share, such as a channel from FSx")
+    log(f"{cluster.current}, host {cluster.rank + 1} of {len(cluster.hosts)}, {cluster.processes} process(es) each")
+    log(shlex.join(["accelerate", "launch", *command[3:]]))
 
     began = time.monotonic()
     outcome = run_launcher(command, environment, several=cluster.total > 1)
     seconds = time.monotonic() - began
-    keep_results(run, places)
+    keep_results(run, folders)
     if outcome.code == 0 and not outcome.signals:
-        run_inference_tests(cluster, options, run, places, environment)
-    if outcome.code == 0 and move_model(run, places):
-        say(f"model moved to {places.model} after {seconds:.0f} s")
+        run_inference_tests(cluster, options, run, folders, environment)
+    if outcome.code == 0 and move_model(run, folders):
+        log(f"model moved to {folders.model} after {seconds:.0f} s")
         return 0
     if outcome.signals:
-        say(f"stopped by a signal after {seconds:.0f} s; the next job with these checkpoints goes on from there")
+        log(f"stopped by a signal after {seconds:.0f} s; the next job with these checkpoints goes on from there")
         return STOPPED
     if outcome.code == 0 and cluster.rank == 0:  # the other hosts have no model
-        text = f"{script} ended with exit code 0 and left no model in {run / 'model'}; {last_words(outcome.tail)}"
-        leave_failure(text, places.failure)
-        say(f"failed after {seconds:.0f} s: {text.splitlines()[0]}")
+        text = f"{script} ended with exit code 0 and left no model in {run / 'model'}; {last_lines(outcome.tail)}"
+        write_failure(text, folders.failure)
+        log(f"failed after {seconds:.0f} s: {text.splitlines()[0]}")
         return 1
     if outcome.code:
-        text = f"{script} ended with exit code {outcome.code} and no error of its own; {last_words(outcome.tail)}"
-        leave_failure(text, places.failure)
-        say(f"failed with exit code {outcome.code} after {seconds:.0f} s; the first error is in {places.failure}")
+        text = f"{script} ended with exit code {outcome.code} and no error of its own; {last_lines(outcome.tail)}"
+        write_failure(text, folders.failure)
+        log(f"failed with exit code {outcome.code} after {seconds:.0f} s; the first error is in {folders.failure}")
     return outcome.code
 
 

@@ -52,7 +52,7 @@ def follow(name: str, account: Account | None = None) -> dict[str, Any]:
         found = resources.TrainingJob.get(training_job_name=name, session=session, region=session.region_name)
         found.wait(logs=True)
     except FailedStatusError:
-        pass  # told below
+        pass  # raised below
     finally:
         log.removeHandler(shown)
     job = client.describe_training_job(TrainingJobName=name)

@@ -1,4 +1,4 @@
-"""One rank of a SageMaker job: runs a loop's file, and leaves the error that ends it where SageMaker looks.
+"""One rank of a SageMaker job: runs a loop's file, and writes the error that ends it into the failure file.
 
 `launch/sagemaker/entry.py` puts it between the launcher and the loop: `accelerate launch ... -m launch.sagemaker.rank
 loops/grpo.py --config ...`. The launcher itself only knows that a child has failed, not why. Standard library only.
@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from launch.sagemaker.places import find_places
+from launch.sagemaker.folders import find_folders
 
 FAILURE_LENGTH = 1024  # characters that SageMaker shows
 # How the ranks that are still there see one that has gone: never the reason, whatever host it comes from.
@@ -29,11 +29,11 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code not in (None, 0, 143):  # 143: stopped by SIGTERM, with a checkpoint
             reason = stop.__context__ if isinstance(stop.__context__, Exception) else stop
-            leave_failure(f"{type(reason).__name__}: {reason}", find_places().failure)
+            write_failure(f"{type(reason).__name__}: {reason}", find_folders().failure)
         raise
     except Exception as error:
         error = error.with_traceback(_of_the_script(error.__traceback__))
-        leave_failure(describe(error), find_places().failure)
+        write_failure(describe(error), find_folders().failure)
         raise error
 
 
@@ -47,7 +47,7 @@ def describe(error: Exception) -> str:
     return f"{line}\n{text if len(text) <= room else '...' + text[len(text) - room + 3 :]}"
 
 
-def leave_failure(text: str, path: Path) -> None:
+def write_failure(text: str, path: Path) -> None:
     """Write the failure file, unless an earlier error has."""
     rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
     host = os.environ.get("SM_CURRENT_HOST", socket.gethostname())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from launch.sagemaker.limits import check_channel, check_environment, split_s3
+from launch.sagemaker.checks import check_channel, check_environment, split_s3
 
 DAY = 86400
 
@@ -94,7 +94,7 @@ class Command:
     region: str | None = None
     """Left out, AWS_REGION, AWS_DEFAULT_REGION, or the AWS profile's."""
     dry_run: bool = False
-    """Print the request as JSON, and on stderr what would run and travel; send nothing, need no credentials."""
+    """Print the request as JSON, and on stderr what would run and which files; send nothing, need no credentials."""
     wait: bool = False
     """Follow the logs until the job ends."""
 

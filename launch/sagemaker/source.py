@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.channels import CHANNELS
-from launch.sagemaker.places import find_places
+from launch.sagemaker.folders import find_folders
 
-HOUSE = Path(__file__).resolve().parents[2]
-ROOMS = ("loops", "losses", "data", "configs", "launch")
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = ("loops", "losses", "data", "configs", "launch")
 LOOPS = ("sft", "dpo", "grpo")
 REQUIREMENTS = "launch/sagemaker/requirements.txt"
 PATHS = {**CHANNELS, "tokenizer_id": (), "resume_from": ()}
@@ -53,19 +53,19 @@ def stage_source(
 
     Raises ValueError for what does not exist, and for names that two files would share.
     """
-    for room in ROOMS:
-        shutil.copytree(HOUSE / room, folder / room, ignore=NOT_SHIPPED)
-    places = []
+    for room in PACKAGES:
+        shutil.copytree(PROJECT / room, folder / room, ignore=NOT_SHIPPED)
+    staged = []
     for config in configs:
-        inside = config.resolve().is_relative_to(HOUSE) and config.resolve().relative_to(HOUSE).parts[0] in ROOMS
-        place = config.resolve().relative_to(HOUSE) if inside else Path("configs", config.name)
+        inside = config.resolve().is_relative_to(PROJECT) and config.resolve().relative_to(PROJECT).parts[0] in PACKAGES
+        place = config.resolve().relative_to(PROJECT) if inside else Path("configs", config.name)
         if not re.fullmatch(r"[\w./-]+", str(place)):
             raise ValueError(f"config `{config}`: rename the file to letters, digits, `_`, `-` and `.`.")
         if not inside:
             if (folder / place).exists():
                 raise ValueError(f"config `{config}`: the project has a {place} already; rename the file.")
             shutil.copyfile(config, folder / place)
-        places.append(str(place))
+        staged.append(str(place))
     for path in include:
         target = folder / path.resolve().name
         if not path.exists():
@@ -78,14 +78,16 @@ def stage_source(
             shutil.copyfile(path, target)
     if requirements is not None:
         shutil.copyfile(requirements, folder / REQUIREMENTS)
-    return places
+    return staged
 
 
-def place_in_job(value: str, include: Sequence[str]) -> str | None:
+def path_in_job(value: str, include: Sequence[str]) -> str | None:
     """The job's path of this file or folder, None where it is not sent or does not exist."""
     path = Path(os.path.expandvars(value)).expanduser()
-    whole = (path if path.exists() else HOUSE / value).resolve()
-    roots = {Path(own).resolve(): Path(own).resolve().parent for own in include} | {HOUSE / r: HOUSE for r in ROOMS}
+    whole = (path if path.exists() else PROJECT / value).resolve()
+    roots = {Path(own).resolve(): Path(own).resolve().parent for own in include} | {
+        PROJECT / r: PROJECT for r in PACKAGES
+    }
     for root, above in roots.items():
         if whole.exists() and whole.is_relative_to(root):
             place = whole.relative_to(above)
@@ -95,12 +97,12 @@ def place_in_job(value: str, include: Sequence[str]) -> str | None:
 
 def check_sources(values: Mapping[str, Any], channels: Mapping[str, Any], include: Sequence[str]) -> None:
     """Raises ValueError where a value of the configuration names a file or a module that the job would not find."""
-    base = find_places().base
+    base = find_folders().base
     for key, given in PATHS.items():
         value = str(values.get(key) or "")
         if not value or (key == "resume_from" and value in ("none", "latest", "best")):
             continue
-        place = place_in_job(value, include)
+        place = path_in_job(value, include)
         if Path(value).is_relative_to(base / "input/data"):  # a channel's folder
             channel = Path(value).relative_to(base / "input/data").parts[0]
             if channel not in channels:
@@ -124,5 +126,5 @@ def check_sources(values: Mapping[str, Any], channels: Mapping[str, Any], includ
         for module in [part.partition(":")[0].strip() for part in name.split(",") if ":" in part]:
             top = module.partition(".")[0]
             here = [path for path in (Path(f"{top}.py"), Path(top)) if path.exists()]
-            if here and top not in ROOMS and not any(Path(path).resolve().stem == top for path in include):
+            if here and top not in PACKAGES and not any(Path(path).resolve().stem == top for path in include):
                 raise ValueError(f"`{name}` is in {here[0]}, which the job does not have: add --include {here[0]}.")

@@ -3,7 +3,7 @@
     python -m launch.sagemaker.submit --config configs/grpo.yaml --instance_type ml.p5.48xlarge --instance_count 2 \\
         --role arn:aws:iam::123456789012:role/training --region us-east-1 --input_data training=s3://bucket/rows/ --wait
 
-Every `--key value` that is no option of this command is a key of the loop's configuration, and travels as a
+Every `--key value` that is no option of this command is a key of the loop's configuration, and is sent as a
 hyperparameter. In the job, `launch/sagemaker/entry.py` starts `accelerate launch`.
 """
 
@@ -24,11 +24,11 @@ from typing import Any
 from configs.arguments import join_arguments, split_arguments
 from configs.loader import find_leaves, flat_values, load_config
 from launch.sagemaker.account import Account, check_sdk
+from launch.sagemaker.checks import check_addresses, check_no_secrets, encode_hyperparameters
 from launch.sagemaker.entry import SECRETS, Cluster, launch_command
 from launch.sagemaker.failures import aws_errors, one_sentence_errors, sentence_of
+from launch.sagemaker.folders import JOBS_OWN, hyperparameter_words
 from launch.sagemaker.instances import gpus_of
-from launch.sagemaker.limits import check_addresses, check_no_secrets, encode_hyperparameters
-from launch.sagemaker.places import JOBS_OWN, hyperparameter_words
 from launch.sagemaker.settings import Command, Compute, Settings, as_channels, as_compute
 from launch.sagemaker.source import check_sources, loop_of, stage_source
 from launch.sagemaker.trainer import DryRun, JobSpec, build_trainer, dry_session, entry_command
@@ -45,7 +45,7 @@ class Job:
     checkpoints: str  # S3 folder of the run: checkpoints, metrics.jsonl, completions.jsonl
     request: dict[str, Any]  # what CreateTrainingJob was given
     command: str  # what the job executes, and what that starts
-    files: Sequence[str]  # what travels as the job's code
+    files: Sequence[str]  # the job's code
 
 
 def submit(
@@ -90,17 +90,17 @@ def submit(
     session = dry_session(session.region_name, role) if dry_run else session
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         own = settings.requirements not in (None, "none")
-        places = stage_source(
+        staged = stage_source(
             Path(folder),
             configs=files,
             include=[Path(path) for path in settings.include],
             requirements=Path(str(settings.requirements)) if own else None,
         )
-        travels = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+        sent = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
         job = JobSpec(
             loop=loop,
             folder=folder,
-            configs=places,
+            configs=staged,
             hyperparameters=chosen,
             channels=channels,
             environment=environment,
@@ -112,7 +112,7 @@ def submit(
     model = f"{request['OutputDataConfig']['S3OutputPath']}/{name}/output/model/"
     if not dry_run:
         print(f"submitted as {name}", file=sys.stderr, flush=True)
-    return Job(name, model, checkpoints, request, command_of(job), travels)
+    return Job(name, model, checkpoints, request, command_of(job), sent)
 
 
 # The SDK keeps a client for each session, with the handlers of its first job: these serve all jobs of this process.
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             follow(job.name, account)
     if command.dry_run:
         print(f"the job executes: {job.command}", file=sys.stderr)
-        print("\n  ".join(["these files travel:", *job.files]), file=sys.stderr)
+        print("\n  ".join(["these files are sent:", *job.files]), file=sys.stderr)
         print(json.dumps(job.request, indent=2, default=str))
         return
     print(f"{job.name}\nmodel, once it is done: {job.model}")

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from launch.sagemaker.limits import encode_hyperparameters, split_s3
-from launch.sagemaker.places import find_places
+from launch.sagemaker.checks import encode_hyperparameters, split_s3
+from launch.sagemaker.folders import find_folders
 from launch.sagemaker.settings import Compute, Settings
 from launch.sagemaker.source import REQUIREMENTS
 
@@ -25,9 +25,9 @@ IMAGE = {"framework": "pytorch-amzn2023", "version": "2.13"}  # torch 2.13, Pyth
 
 
 def sdk_session(session: boto3.Session, output: str | None) -> tuple[Any, str]:
-    """The SDK's session and the S3 folder below which everything of ours is kept.
+    """The SDK's session, and the S3 folder that holds everything of ours.
 
-    The user's own defaults of the SDK (network, keys, tags) hold. Its telemetry is off unless they say otherwise.
+    The user's own SDK defaults (network, keys, tags) are kept. Telemetry is off unless they say otherwise.
     """
     from sagemaker.core.config.config import load_sagemaker_config
     from sagemaker.core.helper.session_helper import Session
@@ -37,10 +37,10 @@ def sdk_session(session: boto3.Session, output: str | None) -> tuple[Any, str]:
     modules = defaults.setdefault("SageMaker", {}).setdefault("PythonSDK", {}).setdefault("Modules", {})
     modules.setdefault("TelemetryOptOut", True)
     bucket, prefix = split_s3(output, "output") if output else (None, "plumbline")
-    house = Session(
+    sdk = Session(
         boto_session=session, default_bucket=bucket, default_bucket_prefix=prefix or None, sagemaker_config=defaults
     )
-    return house, "/".join(["s3:/", bucket or house.default_bucket(), *([prefix] if prefix else [])])
+    return sdk, "/".join(["s3:/", bucket or sdk.default_bucket(), *([prefix] if prefix else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def build_trainer(job: JobSpec, role: str, session: boto3.Session) -> ModelTrain
     for name in ("sagemaker", "sagemaker.core", "sagemaker.train"):  # they warn that a command gets no hyperparameters
         logging.getLogger(name).setLevel(logging.ERROR)
     settings, compute = job.settings, job.compute
-    house, root = sdk_session(session, settings.output)
+    sdk, root = sdk_session(session, settings.output)
     image = settings.image or image_uris.retrieve(
         **IMAGE, region=session.region_name, image_scope="training", instance_type=compute.instance_type
     )
@@ -88,7 +88,7 @@ def build_trainer(job: JobSpec, role: str, session: boto3.Session) -> ModelTrain
     network = settings.subnets or settings.encrypt_traffic
     tags = {"plumbline": job.loop, "run": run, **settings.tags}
     trainer = ModelTrainer(
-        sagemaker_session=house,
+        sagemaker_session=sdk,
         role=role,
         base_job_name=settings.run_name or f"plumbline-{job.loop}",
         training_image=image,
@@ -109,11 +109,11 @@ def build_trainer(job: JobSpec, role: str, session: boto3.Session) -> ModelTrain
             **({"max_wait_time_in_seconds": compute.max_wait} if compute.max_wait else {}),
         ),
         output_data_config=OutputDataConfig(s3_output_path=f"{root}/output", compression_type="NONE"),
-        # A job finds there what a run of the same name and settings left, and never the state of another one.
+        # the state of a run of the same name and settings, and never that of another one
         checkpoint_config=CheckpointConfig(
             s3_uri=f"{root}/checkpoints/{run}-"
             + fingerprint(job.loop, job.folder, job.configs, job.hyperparameters, job.channels, settings.include),
-            local_path=str(find_places().checkpoints),
+            local_path=str(find_folders().checkpoints),
         ),
         networking=Networking(
             subnets=list(settings.subnets) or None,
@@ -150,8 +150,10 @@ def fingerprint(
     channels: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
 ) -> str:
-    """Eight characters that differ where the loop, its config files, its hyperparameters, its channels (by contents,
-    where they are files of this machine) or the included files do."""
+    """Eight characters, from the loop, its config files, hyperparameters, channels and included files.
+
+    Files of this machine count by their contents.
+    """
     digest = hashlib.sha256(loop.encode())
     for path in configs:
         digest.update(Path(folder, path).read_bytes())

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.sagemaker.account import Account
-from launch.sagemaker.containers import MODEL, Options, container_environment, room_for
+from launch.sagemaker.containers import MODEL, Options, container_environment, served_rank
 from launch.sagemaker.deploy import (
     Weights,
     build_requests,
@@ -191,7 +191,7 @@ def test_an_adapter_takes_the_endpoints_name_and_its_base_another():
 
 @pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (32, 32), (512, 512)])
 def test_room_for_an_adapter(rank, room):
-    assert room_for(rank) == room
+    assert served_rank(rank) == room
 
 
 @pytest.mark.parametrize(

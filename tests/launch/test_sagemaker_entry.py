@@ -18,14 +18,14 @@ from launch.sagemaker.entry import (
     EFA_RDMA_INSTANCES,
     Cluster,
     count_processes,
-    last_words,
+    last_lines,
     launch_command,
     rank_environment,
     read_cluster,
     read_secrets,
 )
-from launch.sagemaker.places import Places, hyperparameter_words, loop_words
-from launch.sagemaker.rank import FAILURE_LENGTH, describe, leave_failure
+from launch.sagemaker.folders import JobFolders, hyperparameter_words, loop_words
+from launch.sagemaker.rank import FAILURE_LENGTH, describe, write_failure
 from loops import dpo, grpo
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -45,19 +45,21 @@ def cluster(hosts: int = 1, current: str = "algo-1", processes: int = 8, kind: s
     return Cluster(names, current, "eth0", kind, processes)
 
 
-def write_job(base: Path, *, hyperparameters: dict | None = None, hosts=("algo-1",), **channels: list[str]) -> Places:
+def write_job(
+    base: Path, *, hyperparameters: dict | None = None, hosts=("algo-1",), **channels: list[str]
+) -> JobFolders:
     """An /opt/ml with the files of each channel (`{}` where they should hold JSON)."""
-    places = Places(base)
-    places.settings.mkdir(parents=True)
-    (places.settings / "hyperparameters.json").write_text(json.dumps(hyperparameters or {}))
+    folders = JobFolders(base)
+    folders.settings.mkdir(parents=True)
+    (folders.settings / "hyperparameters.json").write_text(json.dumps(hyperparameters or {}))
     resources = {"current_host": hosts[0], "hosts": list(hosts), "network_interface_name": "eth0"}
-    (places.settings / "resourceconfig.json").write_text(json.dumps(resources))
+    (folders.settings / "resourceconfig.json").write_text(json.dumps(resources))
     for channel, files in channels.items():
         for name in files:
             path = base / "input/data" / channel / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}")
-    return places
+    return folders
 
 
 # The launcher's line
@@ -109,10 +111,10 @@ def test_one_process_a_gpu_unless_told_otherwise(tmp_path, monkeypatch):
 def test_without_its_files_the_toolkits_variables_are_read(tmp_path):
     environment = {"SM_HOSTS": '["algo-2", "algo-1"]', "SM_CURRENT_HOST": "algo-2", "SM_NUM_GPUS": "4"}
     environment |= {"SM_CURRENT_INSTANCE_TYPE": "ml.p4d.24xlarge", "SM_NETWORK_INTERFACE_NAME": "ens5"}
-    found = read_cluster(Places(tmp_path), environment)
+    found = read_cluster(JobFolders(tmp_path), environment)
     assert found == Cluster(("algo-1", "algo-2"), "algo-2", "ens5", "ml.p4d.24xlarge", 4)
     assert (found.rank, found.total) == (1, 8)
-    assert read_cluster(Places(tmp_path), {"SM_NUM_GPUS": "1"}).hosts == ("localhost",)
+    assert read_cluster(JobFolders(tmp_path), {"SM_NUM_GPUS": "1"}).hosts == ("localhost",)
 
 
 def test_efa_is_set_up_where_an_instance_has_it():
@@ -174,15 +176,15 @@ def test_the_hyperparameter_config_is_a_file_under_the_commands_own(tmp_path):
     assert words == ["--config", "configs/grpo.yaml", "--max_steps=3"]
     own = tmp_path / "own.yaml"
     own.write_text("max_steps: 5\nseed: 1\n")
-    places = write_job(tmp_path / "ml")
-    line = loop_words(["--config", str(own)], {"config": "configs/grpo.yaml"}, places, loop="grpo", say=print)
+    folders = write_job(tmp_path / "ml")
+    line = loop_words(["--config", str(own)], {"config": "configs/grpo.yaml"}, folders, loop="grpo", log=print)
     config = load_config(grpo.Config, line, prog="x")
     assert (config.run.max_steps, config.run.seed, config.loss_type) == (5, 1, "dapo")
 
 
 def test_the_command_wins_over_hyperparameters_and_these_over_files(tmp_path):
     words = ["--config", "configs/grpo.yaml", "--seed", "9"]
-    line = loop_words(words, {"seed": "8", "max_steps": "8"}, write_job(tmp_path), loop="grpo", say=print)
+    line = loop_words(words, {"seed": "8", "max_steps": "8"}, write_job(tmp_path), loop="grpo", log=print)
     run = load_config(grpo.Config, line, prog="x").run
     assert (run.seed, run.max_steps, run.log_completions_steps) == (9, 8, 50)
 
@@ -190,36 +192,38 @@ def test_the_command_wins_over_hyperparameters_and_these_over_files(tmp_path):
 # Channels and folders
 
 
-def config_of(places: Places, *words: str, loop: str = "grpo", said: list[str] | None = None, **hyperparameters: str):
-    say = (said if said is not None else []).append
-    line = loop_words(list(words), hyperparameters, places, loop=loop, say=say)
+def config_of(
+    folders: JobFolders, *words: str, loop: str = "grpo", said: list[str] | None = None, **hyperparameters: str
+):
+    log = (said if said is not None else []).append
+    line = loop_words(list(words), hyperparameters, folders, loop=loop, log=log)
     return load_config(CONFIGS[loop], line, prog=f"loops/{loop}.py")
 
 
 def test_checkpoints_go_where_sagemaker_saves_them_and_a_restart_resumes(tmp_path):
-    places = write_job(tmp_path)
-    run = config_of(places, "--config", "configs/grpo.yaml").run
+    folders = write_job(tmp_path)
+    run = config_of(folders, "--config", "configs/grpo.yaml").run
     assert (run.output_dir, run.resume_from) == (str(tmp_path / "checkpoints"), "latest")
     said: list[str] = []
-    run = config_of(places, "--resume_from", "none", said=said, output_dir="runs/mine").run
+    run = config_of(folders, "--resume_from", "none", said=said, output_dir="runs/mine").run
     assert (run.output_dir, run.resume_from) == (str(tmp_path / "checkpoints"), "none") and "runs/mine" in said[0]
     for inside in (str(tmp_path / "checkpoints/mine"), str(tmp_path / "input/data/fsx/run")):
-        assert config_of(places, "--output_dir", inside).run.output_dir == inside
+        assert config_of(folders, "--output_dir", inside).run.output_dir == inside
 
 
 def test_a_run_has_the_jobs_name_unless_it_is_given_one(tmp_path, monkeypatch):
     """The run's folder, whose name is the loops' default, has the same name in every job."""
     monkeypatch.setenv("TRAINING_JOB_NAME", "sums-20261128")
-    places, named = write_job(tmp_path), tmp_path / "named.yaml"
-    assert config_of(places, "--config", "configs/grpo.yaml").run.run_name == "sums-20261128"
+    folders, named = write_job(tmp_path), tmp_path / "named.yaml"
+    assert config_of(folders, "--config", "configs/grpo.yaml").run.run_name == "sums-20261128"
     named.write_text("run:\n  run_name: mine\n")
-    assert config_of(places, "--config", str(named)).run.run_name == "mine"
-    assert config_of(places, run_name="theirs").run.run_name == "theirs"
+    assert config_of(folders, "--config", str(named)).run.run_name == "mine"
+    assert config_of(folders, run_name="theirs").run.run_name == "theirs"
 
 
 def test_every_channel_becomes_its_key(tmp_path):
-    places = write_job(tmp_path, training=["cars.json"], validation=["a.jsonl", "b.jsonl"], models=["config.json"])
-    config = config_of(places, "--config", "configs/grpo.yaml")
+    folders = write_job(tmp_path, training=["cars.json"], validation=["a.jsonl", "b.jsonl"], models=["config.json"])
+    config = config_of(folders, "--config", "configs/grpo.yaml")
     data = tmp_path / "input/data"
     assert config.data.dataset_name == str(data / "training/cars.json")  # the only file
     assert config.data.eval_dataset_name == str(data / "validation")
@@ -228,9 +232,9 @@ def test_every_channel_becomes_its_key(tmp_path):
 
 
 def test_dpo_reads_preferences_before_training(tmp_path):
-    places = write_job(tmp_path, training=["rows.jsonl"], preferences=["pairs.jsonl"])
-    assert config_of(places, loop="dpo").data.dataset_name.endswith("preferences/pairs.jsonl")
-    assert config_of(places, loop="grpo").data.dataset_name.endswith("training/rows.jsonl")
+    folders = write_job(tmp_path, training=["rows.jsonl"], preferences=["pairs.jsonl"])
+    assert config_of(folders, loop="dpo").data.dataset_name.endswith("preferences/pairs.jsonl")
+    assert config_of(folders, loop="grpo").data.dataset_name.endswith("training/rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -250,42 +254,42 @@ def test_a_channel_moves_the_rows_and_keeps_their_templates(named, section, tmp_
     own.write_text(
         f"{section}{named and named + indent}input_template: 'Q: {{question}}'\n{indent}max_train_samples: 5\n"
     )
-    places = write_job(tmp_path / "ml", training=["cars.jsonl", "boats.jsonl"])
-    data = config_of(places, "--config", str(own)).data
+    folders = write_job(tmp_path / "ml", training=["cars.jsonl", "boats.jsonl"])
+    data = config_of(folders, "--config", str(own)).data
     assert data.dataset_name == str(tmp_path / "ml/input/data/training" / ("cars.jsonl" if named else ""))
     assert (data.input_template, data.max_train_samples) == ("Q: {question}", 5)
     if named:  # and as hyperparameters
-        data = config_of(places, dataset_name="somewhere/cars.jsonl", input_template="{q} =").data
+        data = config_of(folders, dataset_name="somewhere/cars.jsonl", input_template="{q} =").data
         assert (Path(data.dataset_name).name, data.input_template) == ("cars.jsonl", "{q} =")
 
 
 def test_a_config_that_names_the_jobs_folders_is_left_alone(tmp_path):
-    places = write_job(tmp_path, training=["a.jsonl"], models=["one/config.json", "two/config.json"])
+    folders = write_job(tmp_path, training=["a.jsonl"], models=["one/config.json", "two/config.json"])
     rows, model = str(tmp_path / "input/data/other/b.jsonl"), str(tmp_path / "input/data/models/two")
-    config = config_of(places, "--dataset_name", rows, "--model_id", model, "--eval_dataset_name", rows)
+    config = config_of(folders, "--dataset_name", rows, "--model_id", model, "--eval_dataset_name", rows)
     assert (config.data.dataset_name, config.data.eval_dataset_name, config.model.model_id) == (rows, rows, model)
 
 
 def test_evaluation_rows_of_other_rows_are_not_used(tmp_path, capsys):
     """The quickstart's held-out sums say nothing about cars; a file of the same name in the channel does."""
-    places = write_job(tmp_path / "a", training=["cars.json"])
-    assert config_of(places, "--config", "configs/grpo.yaml").data.eval_dataset_name is None
+    folders = write_job(tmp_path / "a", training=["cars.json"])
+    assert config_of(folders, "--config", "configs/grpo.yaml").data.eval_dataset_name is None
     assert "validation" in capsys.readouterr().err.splitlines()[-1]
-    places = write_job(tmp_path / "b", training=["train.jsonl", "heldout.jsonl"])
-    data = config_of(places, "--config", "configs/grpo.yaml").data
+    folders = write_job(tmp_path / "b", training=["train.jsonl", "heldout.jsonl"])
+    data = config_of(folders, "--config", "configs/grpo.yaml").data
     assert (Path(data.dataset_name).name, Path(data.eval_dataset_name).name) == ("train.jsonl", "heldout.jsonl")
     assert config_of(write_job(tmp_path / "c"), "--config", "configs/grpo.yaml").data.eval_dataset_name
 
 
 def test_the_models_channel_says_which_model(tmp_path, capsys):
     inside = tmp_path / "ml/input/data/models"
-    places = write_job(tmp_path / "ml", models=["qwen3/config.json", "qwen3/model.safetensors"])
-    assert config_of(places, model_name="Qwen/Qwen3-0.6B").model.model_id == str(inside / "qwen3")
+    folders = write_job(tmp_path / "ml", models=["qwen3/config.json", "qwen3/model.safetensors"])
+    assert config_of(folders, model_name="Qwen/Qwen3-0.6B").model.model_id == str(inside / "qwen3")
     (inside / "llama").mkdir()
     (inside / "llama/adapter_config.json").write_text("{}")
-    assert config_of(places, model_id="some/llama").model.model_id == str(inside / "llama")
+    assert config_of(folders, model_id="some/llama").model.model_id == str(inside / "llama")
     for place, sentence in {
-        places: "several models .llama, qwen3.*model_id",
+        folders: "several models .llama, qwen3.*model_id",
         write_job(tmp_path / "none", models=["weights.bin"]): "holds no model",
     }.items():
         with pytest.raises(SystemExit):
@@ -295,10 +299,10 @@ def test_the_models_channel_says_which_model(tmp_path, capsys):
 
 def test_a_config_that_cannot_be_read_is_one_sentence(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text("a: 1\na: 2\n")
-    places = write_job(tmp_path / "ml", training=["a.jsonl"])
+    folders = write_job(tmp_path / "ml", training=["a.jsonl"])
     message = "^loops/grpo.py: .*own.yaml: the YAML cannot be read: `a` stands there twice in line 1 and in line 2.$"
     with pytest.raises(SystemExit):
-        config_of(places, "--config", str(tmp_path / "own.yaml"))
+        config_of(folders, "--config", str(tmp_path / "own.yaml"))
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -338,8 +342,8 @@ def test_a_run_that_ended_or_was_stopped_is_no_failure(code, tmp_path):
 
 
 def test_the_first_error_stays(tmp_path):
-    leave_failure("first", tmp_path / "failure")
-    leave_failure("second", tmp_path / "failure")
+    write_failure("first", tmp_path / "failure")
+    write_failure("second", tmp_path / "failure")
     assert (tmp_path / "failure").read_text().endswith("first")
 
 
@@ -350,7 +354,7 @@ def test_a_long_traceback_keeps_its_beginning_and_its_end(tmp_path):
     try:
         deep(200)
     except ZeroDivisionError as error:
-        leave_failure(describe(error), tmp_path / "failure")
+        write_failure(describe(error), tmp_path / "failure")
     text = (tmp_path / "failure").read_text()
     assert len(text) <= FAILURE_LENGTH and text.rstrip().endswith("ZeroDivisionError: division by zero")
     assert "return 1 / 0" in text and text.partition("\n")[0].endswith("ZeroDivisionError: division by zero")
@@ -373,12 +377,12 @@ subprocess.CalledProcessError: Command '['python', 'loop.py']' died with <Signal
 def test_the_launchers_report_does_not_hide_the_ranks_last_words():
     """Both as torch 2.13 and accelerate 1.15 write them; a rank's own warning with a traceback stays."""
     rank = 'a warning\nTraceback (most recent call last):\n  File "reward.py", line 2\nKeyError: 1\nrank 3 is gone\n'
-    said = last_words(rank + SEVERAL.format(code=7))
+    said = last_lines(rank + SEVERAL.format(code=7))
     assert said == "(failed (exitcode: 7) local_rank: 0) the last lines were:\n" + rank.strip()
     for report in (SEVERAL.format(code=-9), ALONE.format(name="SIGKILL")):
-        said = last_words(rank + report)
+        said = last_lines(rank + report)
         assert "out of memory" in said and said.endswith("rank 3 is gone") and "launch.py" not in said
-    assert last_words("").strip() == ""
+    assert last_lines("").strip() == ""
 
 
 def test_a_rank_that_only_lost_another_says_so():
@@ -556,7 +560,7 @@ def test_what_runs_before_the_ranks_needs_the_standard_library_only():
     files = (
         "launch/sagemaker/entry",
         "launch/sagemaker/rank",
-        "launch/sagemaker/places",
+        "launch/sagemaker/folders",
         "configs/channels",
         "configs/arguments",
     )

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs.loader import load_config
-from launch.sagemaker import limits, source
+from launch.sagemaker import checks, source
 from launch.sagemaker.account import Account
 from launch.sagemaker.entry import SECRETS
 from launch.sagemaker.instances import gpus_of
@@ -40,7 +40,7 @@ BUCKET = "s3://sagemaker-us-east-1-123456789012/plumbline"
 def here(monkeypatch):
     """The commands are given in the project's folder, by someone who has no AWS settings and no secrets."""
     monkeypatch.chdir(HOUSE)
-    for name in [name for name in os.environ if name.startswith(("AWS_", "SAGEMAKER_")) or name in limits.SECRETS_HERE]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "SAGEMAKER_")) or name in checks.SECRETS_HERE]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
@@ -72,7 +72,7 @@ def test_a_hyperparameter_that_would_end_the_job_is_refused(hyperparameters, sen
 def test_values_are_text_as_it_is_and_json_otherwise():
     given = {"a": "1e-5", "b": 1e-5, "c": True, "d": ["q_proj"], "e": None, "f": {"x": 1}}
     expected = {"a": "1e-5", "b": "1e-05", "c": "true", "d": '["q_proj"]', "e": "null", "f": '{"x": 1}'}
-    assert limits.encode_hyperparameters(given) == expected
+    assert checks.encode_hyperparameters(given) == expected
 
 
 @pytest.mark.parametrize("name", ["my-rows", "my.rows", ""])
@@ -172,9 +172,9 @@ def test_hub_ids_shipped_paths_and_the_jobs_folders_pass(tmp_path, monkeypatch):
 
 def test_what_is_not_sent_has_no_path_in_the_job(tmp_path):
     (tmp_path / "rows").mkdir()
-    assert source.place_in_job(str(tmp_path / "rows"), [str(tmp_path / "rows")]) == "rows"
-    assert source.place_in_job(str(HOUSE / "data/.hidden"), []) is None
-    assert source.place_in_job(str(tmp_path / "rows"), []) is None
+    assert source.path_in_job(str(tmp_path / "rows"), [str(tmp_path / "rows")]) == "rows"
+    assert source.path_in_job(str(HOUSE / "data/.hidden"), []) is None
+    assert source.path_in_job(str(tmp_path / "rows"), []) is None
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_the_code_that_travels_is_whole_and_nothing_else(tmp_path):
     files = {str(path.relative_to(tmp_path / "staged")) for path in (tmp_path / "staged").rglob("*") if path.is_file()}
     assert {"loops/grpo.py", "configs/args.yaml", "data/quickstart/model/model.safetensors", "pkg/reward.py"} <= files
     assert {"launch/sagemaker/entry.py", source.REQUIREMENTS} <= files
-    assert {file.split("/")[0] for file in files} == {*source.ROOMS, "pkg"}
+    assert {file.split("/")[0] for file in files} == {*source.PACKAGES, "pkg"}
     assert not [file for file in files if "/." in file or file.endswith((".pyc", ".ipynb"))]
 
 
@@ -554,7 +554,7 @@ def test_the_pages_commands_and_policies_can_be_read():
     for words in submits:
         command, files, hyperparameters = read_command(words)
         loop = source.loop_of(Path(files[0]), command.settings.loop)
-        read_config(loop, [Path(path) for path in files], limits.encode_hyperparameters(hyperparameters))
+        read_config(loop, [Path(path) for path in files], checks.encode_hyperparameters(hyperparameters))
     for module, positional in ((deploy, ("source",)), (invoke, ("endpoint", "prompt"))):
         found = commands_of(page, module.__name__)
         assert found
@@ -566,7 +566,7 @@ def test_the_dockerfile_copies_what_there_is():
     text = (HOUSE / "launch/Dockerfile").read_text()
     copied = [words.split()[:-1] for words in re.findall(r"^COPY (.*)$", text, re.M)]
     assert all((HOUSE / name).exists() for names in copied for name in names)
-    assert set(source.ROOMS) <= {name for names in copied for name in names}
+    assert set(source.PACKAGES) <= {name for names in copied for name in names}
     setup = configparser.ConfigParser()
     setup.read(HOUSE / "setup.cfg")
     (extras,) = re.findall(r"'\.\[(.*?)\]'", text)

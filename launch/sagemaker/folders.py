@@ -1,4 +1,4 @@
-"""Where things lie inside a SageMaker job, and which config values follow from that. Standard library only.
+"""The folders of a SageMaker job, and the loop's command line in it. Standard library only.
 
 SageMaker mounts everything under /opt/ml: channels in `input/data/NAME`, and in `model`, `output/data` and
 `checkpoints` what is to be uploaded.
@@ -22,7 +22,7 @@ JOBS_OWN = ("--output_dir=/opt/ml/checkpoints", "--resume_from=latest", "--run_n
 
 
 @dataclass(frozen=True)
-class Places:
+class JobFolders:
     """The folders of a job, below `base` (/opt/ml)."""
 
     base: Path
@@ -38,7 +38,7 @@ class Places:
 
     @property
     def checkpoints(self) -> Path:
-        """Copied to S3 all the time, and back before a job starts: the run folder of the loop."""
+        """Copied to S3 all the time, and back before a job starts: the loop's run folder."""
         return self.base / "checkpoints"
 
     @property
@@ -62,9 +62,9 @@ class Places:
         return json.loads(path.read_text()) if path.is_file() else None
 
 
-def find_places() -> Places:
+def find_folders() -> JobFolders:
     """Of this job; the older toolkit lets `SAGEMAKER_BASE_DIR` move them."""
-    return Places(Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml")))
+    return JobFolders(Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml")))
 
 
 def hyperparameter_words(hyperparameters: dict[str, Any]) -> list[str]:
@@ -99,7 +99,7 @@ def read_literal(text: str) -> Any:
 
 
 def loop_words(
-    words: list[str], hyperparameters: dict[str, Any], places: Places, *, loop: str, say: Callable[[str], None]
+    words: list[str], hyperparameters: dict[str, Any], folders: JobFolders, *, loop: str, log: Callable[[str], None]
 ) -> list[str]:
     """The loop's whole command line: config files < hyperparameters < the command's own keys < the job's folders.
 
@@ -109,27 +109,27 @@ def loop_words(
     pairs, options = split_arguments([*hyperparameter_words(hyperparameters), *words])
     files, job = options.get("config", []), os.environ.get("TRAINING_JOB_NAME")
     if job:  # below all files: without it the run is named after its folder, which has the same name in every job
-        places.output.mkdir(parents=True, exist_ok=True)
-        named = places.output / "job.json"
+        folders.output.mkdir(parents=True, exist_ok=True)
+        named = folders.output / "job.json"
         named.write_text(json.dumps({"run_name": job}))
         files = [str(named), *files]
     output_dir = str(dict(pairs).get("output_dir", ""))
-    kept = (places.checkpoints, places.base / "input/data")  # a channel may be a file system that is written to
+    kept = (folders.checkpoints, folders.base / "input/data")  # a channel may be a file system that is written to
     if not any(Path(output_dir).is_relative_to(folder) for folder in kept):
         if output_dir:
-            say(f"output_dir is {places.checkpoints}, the folder that SageMaker saves, and not {output_dir}")
-        output_dir = str(places.checkpoints)
+            log(f"output_dir is {folders.checkpoints}, the folder that SageMaker saves, and not {output_dir}")
+        output_dir = str(folders.checkpoints)
     line = ["--resume_from=latest", *(word for path in files for word in ("--config", path))]
-    folders = [f"{key}={folder}" for key, folder in _channels(places, loop).items()]
+    channels = [f"{key}={folder}" for key, folder in _channels(folders, loop).items()]
     line += [*join_arguments(pairs), f"--output_dir={output_dir}"]
-    return [*line, *(["--channels", *folders] if folders else [])]
+    return [*line, *(["--channels", *channels] if channels else [])]
 
 
-def _channels(places: Places, loop: str) -> dict[str, Path]:
+def _channels(folders: JobFolders, loop: str) -> dict[str, Path]:
     """Key of the configuration -> the folder of the channel that fills it."""
     found = {}
     for key, names in CHANNELS.items():
-        folders = [folder for name in names if (folder := places.channel(name))]
-        if folders:
-            found[key] = folders[-1 if loop == "dpo" else 0]
+        filled = [folder for name in names if (folder := folders.channel(name))]
+        if filled:
+            found[key] = filled[-1 if loop == "dpo" else 0]
     return found

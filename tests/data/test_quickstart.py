@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.quickstart import generate
+from benchmarks.quickstart import generate
 
-FOLDER = Path(generate.__file__).parent
+FOLDER = Path(__file__).resolve().parents[2] / "data/quickstart"
 TRAINING_FILES = ("sft_train.jsonl", "train.jsonl", "preferences_train.jsonl")
 HELDOUT_FILES = ("heldout.jsonl", "preferences_heldout.jsonl")
 

@@ -1,4 +1,4 @@
-"""Writes the quickstart's rows, tokenizer and model config: `python -m data.quickstart.generate [folder]`.
+"""Writes the quickstart's rows, tokenizer and model config: `python -m benchmarks.quickstart.generate [folder]`.
 
 The task is the addition of two numbers of three digits. A demonstration either works the columns out before the
 answer, or answers at once; both are right, but a small model can only rely on the first:
@@ -24,7 +24,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from data.quickstart.tokenizer import (
+from benchmarks.quickstart.tokenizer import (
     CHAT_TEMPLATE,
     MODEL_MAX_LENGTH,
     PAD_TOKEN,
@@ -179,4 +179,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "data/quickstart"))

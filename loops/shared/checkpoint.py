@@ -63,7 +63,7 @@ from loops.shared.checkpoint_files import (
     whole_checkpoints,
 )
 from loops.shared.layers import plain_name, reshard
-from loops.shared.optimizer_state import put_back, take_apart
+from loops.shared.optimizer_state import load_state, state_to_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,7 +160,7 @@ class Saver:
         """Everything that is written, without a copy of the tensors; no rank waits for another."""
         reshard(model)
         parameters = dict(trainable_parameters(self.accelerator.unwrap_model(model)))
-        moments, record, own = take_apart(optimizer, parameters)
+        moments, record, own = state_to_tensors(optimizer, parameters)
         tensors = {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()}
         tensors |= {MOMENT + key: tensor for key, tensor in moments.items()}
         kind = "lora" if any("lora_" in name for name in parameters) else "full"
@@ -499,7 +499,7 @@ def load_checkpoint(
         own = torch.load(path / rank_file(rank), map_location="cpu", weights_only=True) if same_ranks else None
         state = read_state(path)
         try:
-            moments, put_moments = put_back(optimizer, parameters, saved, own["optimizer"] if own else {})
+            moments, put_moments = load_state(optimizer, parameters, saved, own["optimizer"] if own else {})
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
     except (ValueError, OSError) as error:

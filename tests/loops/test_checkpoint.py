@@ -599,11 +599,12 @@ def on_two(folder: Path) -> None:
         run.save(folder / kind, HALF)
 
     if "sharded-torchao" in kinds():
-        resume_is_exact(accelerator, folder / "uneven", "sharded", width=NEVER, optimizer=eight_bit)
-        run = Run(accelerator, kind="sharded", width=ALWAYS, optimizer=eight_bit)
+        for width in (EVEN, UNEVEN):
+            resume_is_exact(accelerator, folder / f"eight-{width}", "sharded", width=width, optimizer=eight_bit)
+        run = Run(accelerator, width=EVEN, optimizer=eight_bit)
         run.train(HALF)
-        keep_whole(run, folder / "always", rank)
-        run.save(folder / "always", HALF)
+        keep_whole(run, folder / "eight-full", rank)
+        run.save(folder / "eight-full", HALF)
 
     # In the background: both ranks train on while their threads write.
     run, saver = Run(accelerator, kind="sharded"), Saver(folder / "background", accelerator=accelerator)
@@ -669,7 +670,7 @@ def without_a_shared_disk(accelerator: Accelerator, folder: Path, kind: str, opt
     """Two machines: all is on the first one's disk, nothing on the other's, and copies of it resume to the bit."""
     rank, run_folder = accelerator.process_index, Path("run")
     machine = on_own_disk(folder, rank)
-    options: dict = {"kind": kind, "width": NEVER if optimizer else 8, "optimizer": optimizer}
+    options: dict = {"kind": kind, "width": UNEVEN if optimizer else 8, "optimizer": optimizer}
     straight = Run(accelerator, **options)
     straight.train(TOTAL)
     run, saver = Run(accelerator, **options), Saver(run_folder, accelerator=accelerator)
@@ -747,7 +748,7 @@ def evaluate(run: Run) -> None:
 
 
 def on_four(folder: Path) -> None:
-    """What two wrote, sharded over four, over 2 x 2, and of different cuts of 8-bit moments."""
+    """What two wrote, sharded over four and over 2 x 2; 8-bit moments of two shards fit no four."""
     accelerator = Accelerator(cpu=True)
     for kind in ("sharded", "hybrid"):
         run = Run(accelerator, kind=kind, width=WIDTH, salt=5)
@@ -757,19 +758,12 @@ def on_four(folder: Path) -> None:
         chunks = FileSystemReader(path).read_metadata().state_dict_metadata["model/0.weight"].chunks
         assert len(chunks) == (4 if kind == "sharded" else 2)  # copies are written once
     if "sharded-torchao" in kinds():
-        run = Run(accelerator, kind="sharded", width=WIDTH, salt=5, optimizer=kinds()["sharded-torchao"])
-        same_whole_after_load(run, folder / "sharded-torchao", reseeded=True)
-        assert not has_eight_bits(run)  # what the codes stood for
-        run.save(folder / "sharded-torchao-4", HALF)
-        run = Run(accelerator, kind="sharded", width=ALWAYS, salt=5, optimizer=eight_bit)
-        same_whole_after_load(run, folder / "always", reseeded=True)
-        assert has_eight_bits(run)  # the codes themselves
-        run.save(folder / "always-4", HALF)
-        run = Run(accelerator, kind="sharded", width=NEVER, optimizer=eight_bit)
-        before = run.everything()
-        with expect(ValueError, "resume on as many processes as wrote it"):
-            run.load(find_checkpoint(folder / "uneven", "latest"))
-        assert_same(before, run.everything())
+        for name in (f"eight-{EVEN}", "eight-full"):
+            run = Run(accelerator, kind="sharded", width=EVEN, optimizer=eight_bit)
+            before = run.everything()
+            with expect(ValueError, "resume on as many processes as wrote it"):
+                run.load(find_checkpoint(folder / name, "latest"))
+            assert_same(before, run.everything())
 
     # Two machines of two: only what none of the first machine's ranks holds goes over, each piece once.
     rank = accelerator.process_index
@@ -807,12 +801,11 @@ def on_one(folder: Path) -> None:
         assert_same(read_weights(find_checkpoint(folder / source, "latest")), dict(run.model.named_parameters()))
     run.save(folder / "full-1", HALF)
     if "sharded-torchao" in kinds():
-        run = Run(accelerator, width=WIDTH, salt=6, optimizer=kinds()["sharded-torchao"])
-        same_whole_after_load(run, folder / "sharded-torchao", folder / "sharded-torchao-4")
-        for source in ("always", "always-4"):
-            run = Run(accelerator, width=ALWAYS, salt=6, optimizer=eight_bit)
-            same_whole_after_load(run, folder / "always", folder / source)
-            assert has_eight_bits(run)
+        run = Run(accelerator, width=EVEN, salt=6, optimizer=eight_bit)  # DDP x 2 -> 1
+        same_whole_after_load(run, folder / "eight-full")
+        assert has_eight_bits(run)
+        with expect(ValueError, "resume on as many processes as wrote it"):
+            run.load(find_checkpoint(folder / f"eight-{EVEN}", "latest"))
     no_kill_leaves_nothing(accelerator, folder / "killed")
 
 
@@ -829,10 +822,8 @@ def again_on_two(folder: Path) -> None:
     assert (folder / "drawn-0").read_text() != (folder / "drawn-1").read_text()
 
 
-# Columns of 4: torchao's blocks of 256 are 64 rows. Of 2176 rows 1088 (2 ranks) are whole blocks but 544 (4 ranks) are
-# not; of 2048 rows all cuts are; of 2047 rows the first of 2 ranks has 4,096 elements, enough for 8 bits, and the other
-# has not.
-WIDTH, ALWAYS, NEVER = 2176, 2048, 2047
+# Columns of 4: of 2048 rows both ranks have 4,096 elements, enough for torchao's 8 bits; of 2047 only the first.
+WIDTH, EVEN, UNEVEN = 2176, 2048, 2047
 
 
 def kinds() -> dict:

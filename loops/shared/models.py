@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,6 @@ class ModelConfig:
         choose("bnb_4bit_quant_type", ("nf4", "fp4"))
         choose("bnb_4bit_compute_dtype", _COMPUTE_DTYPES)
         choose("bnb_4bit_quant_storage", (*_COMPUTE_DTYPES, "uint8"))
-        if not self.model_id:
-            raise ValueError("model_id is empty; give a folder or a hub id.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both true; keep one of them.")
         for key in ("load_in_4bit", "load_in_8bit"):
@@ -147,7 +144,7 @@ def split_names(names: str | list[str] | None) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """Where the weights of a `model_id` lie."""
 
     base: str  # folder or hub id of the base model
@@ -155,13 +152,13 @@ class Source(NamedTuple):
     adapter: Path | None  # folder of the adapter that is continued, if `model_id` is one
 
 
-def find_source(config: ModelConfig) -> Source:
+def find_source(config: ModelConfig) -> ModelSource:
     """Tell a model from an adapter, and find the adapter's base.
 
     A relative `base_model_name_or_path` is looked up beside the adapter first, then from the working directory, and is
     otherwise a hub id.
 
-    Raises ValueError: `model_id` is neither a folder nor a hub id that can be read, or the adapter's base is missing.
+    Raises ValueError: `model_id` is neither a folder nor a hub id that can be read, or the adapter names no base.
     """
     from huggingface_hub import snapshot_download
     from transformers.utils import find_adapter_config_file
@@ -170,17 +167,13 @@ def find_source(config: ModelConfig) -> Source:
     if folder.is_dir():
         adapter = folder if (folder / "adapter_config.json").is_file() else None
     else:
-        _check_hub_id("model_id", config.model_id)
+        adapter = None
         with _loading("model_id", config.model_id):
-            found = find_adapter_config_file(config.model_id, revision=config.revision)
-            files = ["adapter_*", "*.json", "*.jinja", "*.model"]
-            adapter = (
-                Path(snapshot_download(config.model_id, revision=config.revision, allow_patterns=files))
-                if found
-                else None
-            )
+            if find_adapter_config_file(config.model_id, revision=config.revision):
+                files = ["adapter_*", "*.json", "*.jinja", "*.model"]
+                adapter = Path(snapshot_download(config.model_id, revision=config.revision, allow_patterns=files))
     if adapter is None:
-        return Source(str(folder) if folder.is_dir() else config.model_id, config.revision, None)
+        return ModelSource(str(folder) if folder.is_dir() else config.model_id, config.revision, None)
 
     file = adapter / "adapter_config.json"
     with _loading("model_id", str(adapter)):
@@ -190,9 +183,8 @@ def find_source(config: ModelConfig) -> Source:
         raise ValueError(f"{file}: base_model_name_or_path is missing; write the base model's folder or hub id there.")
     for candidate in (adapter / base, Path(base).expanduser()):  # an absolute `base` is itself in both
         if candidate.is_dir():
-            return Source(str(candidate), saved.get("revision"), adapter)
-    _check_hub_id(f"{file}: base_model_name_or_path", base)
-    return Source(base, saved.get("revision"), adapter)
+            return ModelSource(str(candidate), saved.get("revision"), adapter)
+    return ModelSource(base, saved.get("revision"), adapter)
 
 
 def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -215,8 +207,6 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         name = str(Path(name).expanduser())
         if not _has_tokenizer(Path(name)):
             raise ValueError(f"{key}: the folder {name} holds no tokenizer; name one with tokenizer_id.")
-    else:
-        _check_hub_id(key, name)
     with _loading(key, name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -297,7 +287,8 @@ def build_policy(
     if config.load_in_4bit and for_fsdp and config.bnb_4bit_quant_storage == "uint8":
         raise ValueError("bnb_4bit_quant_storage uint8 cannot be sharded by fsdp; set it to auto.")
 
-    with _seeded(seed, device):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         base = _build_base(config, source, device, for_fsdp)
         if tokenizer is not None:
             check_vocabulary(tokenizer, base)
@@ -330,11 +321,10 @@ def parameter_line(model: nn.Module) -> str:
     return f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {size / 1e6:,.1f} MB of weights"
 
 
-def _build_base(config: ModelConfig, source: Source, device: torch.device, for_fsdp: bool) -> PreTrainedModel:
+def _build_base(config: ModelConfig, source: ModelSource, device: torch.device, for_fsdp: bool) -> PreTrainedModel:
     """The model without adapter, read or drawn, on its device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_folder(source.base, weights=not config.from_scratch)
     dtype = resolve_dtype(config, device)
     with _loading("model_id", source.base):
         shape = AutoConfig.from_pretrained(
@@ -390,20 +380,16 @@ def _build_base(config: ModelConfig, source: Source, device: torch.device, for_f
 
 
 def _further_layer(unexpected: Any, model: Any) -> str | None:
-    """A weight of the file that the model would have, had it more layers (or experts); None without one."""
+    """A weight of the file that the model would have, had it more layers; None without one."""
     if getattr(model.config.get_text_config(), "num_nextn_predict_layers", None):
         return None  # such layers draft tokens, and are not part of the model
-    numbered = re.compile(r"(.*?\.)(\d+)\.(.*)")
-    highest: dict[tuple[str, str], int] = {}
-    for name, _ in model.named_parameters():
-        if match := numbered.fullmatch(name):
-            place = (match[1], match[3])
-            highest[place] = max(highest.get(place, 0), int(match[2]))
-    last = {prefix: max(n for (other, _), n in highest.items() if other == prefix) for prefix, _ in highest}
+    names, modules = {name for name, _ in model.named_parameters()}, dict(model.named_modules())
     for name in sorted(unexpected):
-        match = numbered.fullmatch(name)
-        if match and (match[1], match[3]) in highest and int(match[2]) > last[match[1]]:
-            return name
+        match = re.match(r"(.*?)\.(\d+)\.(.*)", name)
+        layers = modules.get(match[1]) if match else None
+        if match and isinstance(layers, nn.ModuleList) and int(match[2]) >= len(layers):
+            if any(f"{match[1]}.{number}.{match[3]}" in names for number in range(len(layers))):
+                return name
     return None
 
 
@@ -499,14 +485,6 @@ def _read_adapter(folder: Path) -> SavedAdapter:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` inside, and give the caller's random state back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def _loading(key: str, name: str) -> Iterator[None]:
     """Turn transformers' pages of text into one sentence that names the key."""
     if Path(name).is_dir():
@@ -519,8 +497,11 @@ def _loading(key: str, name: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ValueError(f"{key}: {name} brings its own code; set trust_remote_code: true to run it.") from error
         reason = first_line(error)
-        where = "" if Path(name).is_dir() else f" is not a folder here{_neighbour(name)}, and as a hub id"
-        raise ValueError(f"{key}: {name}{where} could not be loaded: {reason}.") from error
+        if Path(name).is_dir():
+            raise ValueError(f"{key}: {name} could not be loaded: {reason}.") from error
+        near = get_close_matches(Path(name).name, [path.name for path in Path(name).parent.glob("*/")], n=1)
+        hint = f" (did you mean {Path(name).with_name(near[0])}?)" if near else ""
+        raise ValueError(f"{key}: there is no folder {name}{hint}, and no such hub id: {reason}.") from error
 
 
 def _refuse_pointers(key: str, folder: Path) -> None:
@@ -531,37 +512,6 @@ def _refuse_pointers(key: str, folder: Path) -> None:
                 raise ValueError(f"{key}: {file} is a git-lfs pointer and not the file; run git lfs pull in {folder}.")
 
 
-def _check_hub_id(key: str, name: str) -> None:
-    """Raise for a name that can only have meant a folder."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"{key}: there is no folder {name}{_neighbour(name)}, looked up from {Path.cwd()}.") from error
-
-
-def _neighbour(name: str) -> str:
-    """The folder that a mistyped one may have meant, as a question in brackets, or nothing."""
-    path = Path(name).expanduser()
-    near = get_close_matches(path.name, [other.name for other in path.parent.glob("*") if other.is_dir()], n=1)
-    return f" (did you mean {path.parent / near[0]}?)" if near else ""
-
-
-def _check_folder(base: str, *, weights: bool) -> None:
-    """Raise for a folder that is no model, or whose weights are pickled (which could run code on loading)."""
-    folder = Path(base)
-    if not folder.is_dir():
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model_id: the folder {base} has no config.json, so it holds no model.")
-    if not weights or any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickled:
-        raise ValueError(f"model_id: {base} holds only pickled weights ({pickled[0]}); convert them to safetensors.")
-    raise ValueError(f"model_id: {base} holds no *.safetensors; set from_scratch: true to start from random weights.")
-
-
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)

@@ -1,4 +1,4 @@
-"""The one place where shards, quantised bases and adapters become whole named tensors, or a folder to load from."""
+"""Whole named tensors of a sharded, quantised or adapted model, and its export as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def export_model(
 
     A full model, or a LoRA policy with `merge`, becomes a plain model (of a quantised base: dequantised, then merged;
     merging into the 4-bit weights would round the update away). Otherwise only the adapter is written, with its base
-    named in adapter_config.json (a folder by its absolute path). The tokenizer with its chat template, the generation
-    config and a model card lie beside it.
+    named in adapter_config.json (a folder by its absolute path). Beside it go the tokenizer with its chat
+    template, the generation config and a model card.
 
-    The weights go through a clean twin built from class and config, so nothing that was set on the live instances
+    The weights go through a plain copy built from class and config, so nothing that was set on the live instances
     (a patched forward, an attention implementation, FSDP's classes) reaches the folder.
 
     Args:
@@ -101,24 +101,24 @@ def export_model(
     base = base_model(model)
     tensors = trained_tensors(model, dtype) if adapter_only else iter_weights(model, dtype=dtype)
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    gathered = {name: tensor.cpu() for name, tensor in tensors if writes}
+    written = {name: tensor.cpu() for name, tensor in tensors if writes}
     if not writes:
         return []
 
     folder.mkdir(parents=True, exist_ok=True)
     if adapter_only:
-        _write_adapter(model, gathered, folder)
+        _write_adapter(model, written, folder)
     else:
-        _clean_twin(model, gathered).save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
+        _plain_copy(model, written).save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
     _copy_processor(base, folder)
     if card.get("base_model") and Path(card["base_model"]).expanduser().is_dir():
-        card = {**card, "base_model": _anywhere(base.name_or_path if adapter_only else card["base_model"])}
+        card = {**card, "base_model": _absolute(base.name_or_path if adapter_only else card["base_model"])}
     (folder / "README.md").write_text(model_card(title or folder.resolve().name, adapter_only, card), encoding="utf-8")
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _anywhere(source: str) -> str:
+def _absolute(source: str) -> str:
     """A folder by its absolute path; a hub id as it is."""
     folder = Path(source).expanduser()
     return str(folder.resolve()) if folder.is_dir() else str(source)
@@ -210,7 +210,7 @@ def compare_logits(expected: Tensor, found: Tensor, limit: float, dtype: torch.d
         f"logits of {expected.shape[0] * expected.shape[1]} tokens: root mean square difference {error:.2g} of their "
         f"spread (limit {limit:g} for {words}), largest {float(difference.abs().max()):.2g}"
     )
-    if not error <= limit:  # not a number is no agreement either
+    if not error <= limit:  # NaN is no agreement either
         raise WrongLogits(f"the reloaded model is not the trained one: {sentence}")
     return sentence
 
@@ -218,7 +218,7 @@ def compare_logits(expected: Tensor, found: Tensor, limit: float, dtype: torch.d
 def check_export(
     model: nn.Module, folder: Path, expected: Tensor, config: ModelConfig, accelerator: Accelerator
 ) -> str | None:
-    """Why a run's written folder cannot be compared with its policy; None where it was, and agrees.
+    """Compare a run's written folder with its policy; the reason where that is not possible, else None.
 
     Raises WrongLogits: the folder, loaded afresh on the CPU, does not give the `expected` logits.
     """
@@ -245,9 +245,6 @@ def check_export(
 
 def model_card(title: str, adapter_only: bool, card: Mapping[str, Any]) -> str:
     """README.md of an exported folder; see `export_model` for `card`."""
-    unknown = sorted(set(card) - set(_CARD_SECTIONS))
-    if unknown:
-        raise ValueError(f"card: there is no section {unknown[0]}; the sections are {', '.join(_CARD_SECTIONS)}.")
     head = ["---", f"library_name: {'peft' if adapter_only else 'transformers'}", "tags: [plumbline]"]
     if card.get("base_model"):
         head.append(f"base_model: {json.dumps(str(card['base_model']))}")  # a JSON string is a YAML string
@@ -377,15 +374,15 @@ def plain_class(model: nn.Module) -> Any:
     )
 
 
-def _clean_twin(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
-    """The base model's class and config built anew, plain and unpatched, on the meta device or holding `weights`.
+def _plain_copy(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """The same architecture rebuilt without wrappers, on the meta device or holding `weights`.
 
-    An adapter on one end of tied weights parts them: the twin is then built untied, and says so in its config.
+    An adapter on one end of tied weights unties them: the copy is then built untied, and its config says so.
     """
 
     base = base_model(model)
     config = copy.deepcopy(base.config)
-    config._attn_implementation = "eager"  # the twin never runs, so it must not ask for a kernel
+    config._attn_implementation = "eager"  # the copy never runs, so it must not ask for a kernel
     if hasattr(config, "quantization_config"):
         del config.quantization_config
 
@@ -393,18 +390,18 @@ def _clean_twin(model: PreTrainedModel | PeftModel, weights: Mapping[str, Tensor
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return plain_class(base)(config)
 
-    twin = build()
+    plain = build()
     if weights is not None:
-        tied = set(twin.all_tied_weights_keys)
+        tied = set(plain.all_tied_weights_keys)
         if tied & set(weights):
             config.tie_word_embeddings = False
-            twin = build()
-        report = twin.load_state_dict(weights, strict=False, assign=True)
+            plain = build()
+        report = plain.load_state_dict(weights, strict=False, assign=True)
         assert not report.unexpected_keys and set(report.missing_keys) <= tied, report
-        twin.tie_weights()
-    twin.generation_config = copy.deepcopy(base.generation_config)
-    twin.name_or_path = base.name_or_path
-    return twin
+        plain.tie_weights()
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    plain.name_or_path = base.name_or_path
+    return plain
 
 
 def _write_adapter(model: Any, trained: Mapping[str, Tensor], folder: Path) -> None:
@@ -413,11 +410,11 @@ def _write_adapter(model: Any, trained: Mapping[str, Tensor], folder: Path) -> N
     from safetensors.torch import save_file
 
     config = copy.deepcopy(model.peft_config[ADAPTER])
-    base = _clean_twin(model)
+    base = _plain_copy(model)
     with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet_peft("export"):
-        twin = get_peft_model(base, copy.deepcopy(config), adapter_name=ADAPTER)
+        plain = get_peft_model(base, copy.deepcopy(config), adapter_name=ADAPTER)
     adapter = get_peft_model_state_dict(
-        twin, state_dict=dict(trained), adapter_name=ADAPTER, save_embedding_layers=False
+        plain, state_dict=dict(trained), adapter_name=ADAPTER, save_embedding_layers=False
     )
     assert len(adapter) == len(trained), f"{len(trained)} tensors are trained, but {len(adapter)} would be saved"
     save_file(
@@ -425,7 +422,7 @@ def _write_adapter(model: Any, trained: Mapping[str, Tensor], folder: Path) -> N
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    config.base_model_name_or_path = _anywhere(base.name_or_path)
+    config.base_model_name_or_path = _absolute(base.name_or_path)
     config.inference_mode = True
     for key in ("target_modules", "target_parameters", "modules_to_save"):  # sets: sorted, for one file in all runs
         if isinstance(getattr(config, key), (set, list)):

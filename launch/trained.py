@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from configs.text import read_file
-from loops.shared.checkpoint_files import REPLACED, TEMPORARY, read_manifest, read_state, read_weights
+from loops.shared.checkpoint import refuse_other_parameters, trainable_parameters
+from loops.shared.checkpoint_files import (
+    REPLACED,
+    TEMPORARY,
+    WEIGHT,
+    read_manifest,
+    read_state,
+    read_tensors,
+    read_weights,
+    stored_tensors,
+)
 from loops.shared.models import ModelConfig, build_policy, resolve_dtype
 
 if TYPE_CHECKING:
@@ -125,12 +135,9 @@ def rebuild_policy(trained: TrainedModel, *, device: torch.device | str = "cpu")
     with hint_at_base_model():
         policy = build_policy(trained.model, seed=trained.seed, device=device)
     if trained.kind == "checkpoint":
-        parameters = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-        weights = read_weights(trained.path)
-        _check_fit(trained.path, weights, parameters)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+        parameters = dict(trainable_parameters(policy))
+        refuse_other_parameters(trained.path, stored_tensors(trained.path, WEIGHT), parameters)
+        read_tensors(trained.path, {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()})
     if trained.stops is not None:
         policy.generation_config.eos_token_id = trained.stops  # type: ignore[union-attr]
     return policy.eval()
@@ -235,22 +242,6 @@ def _main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     for tensor in weights.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     return max(counts, key=counts.__getitem__)
-
-
-def _check_fit(path: Path, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless names and shapes of the trained tensors are those of the rebuilt model."""
-    odd = sorted(weights.keys() ^ parameters.keys())
-    if odd:
-        raise ValueError(
-            f"{path} does not fit the model that its settings describe: {len(odd)} tensors are on one side only, such "
-            f"as {odd[0]}; check base_model."
-        )
-    for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
-            raise ValueError(
-                f"{path} does not fit the model that its settings describe: {name} is {tuple(weights[name].shape)} "
-                f"there and {tuple(parameter.shape)} here; check base_model."
-            )
 
 
 def _last_step(run: Path) -> int:

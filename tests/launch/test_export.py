@@ -298,7 +298,7 @@ def test_what_cannot_be_exported_is_one_sentence(accelerator, tmp_path, base, ca
     other = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, hidden_size=8, num_hidden_layers=1))
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
-    assert "check base_model" in error_of(capsys, moved, "--base_model", tmp_path / "other")
+    assert "belongs to another model" in error_of(capsys, moved, "--base_model", tmp_path / "other")
     make_run(accelerator, tmp_path / "adapter-run", base, lora_r=4)
     lora = tmp_path / "lora"
     shutil.copytree(checkpoint_of(tmp_path / "adapter-run"), lora)

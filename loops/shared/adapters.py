@@ -116,7 +116,7 @@ def continue_adapter(base: PreTrainedModel, adapter: SavedAdapter, lora: LoraCon
 
 
 def _trust_the_tensors(saved: Any, tensors: dict[str, Tensor], base: nn.Module, folder: Path) -> None:
-    """Names and ranks of an adapter from its tensors, where its config has patterns that may run for ever, or lies."""
+    """Take names and ranks from the tensors where the adapter's config has patterns (may be slow) or wrong ranks."""
     file = folder / "adapter_config.json"
     rank = max((tensor.shape[0] for name, tensor in tensors.items() if "_A." in f"{name}."), default=0)
     ranks, alphas = saved.rank_pattern or {}, saved.alpha_pattern or {}
@@ -144,16 +144,15 @@ def _trust_the_tensors(saved: Any, tensors: dict[str, Tensor], base: nn.Module, 
 
 
 def _check_modules_exist(base: nn.Module, key: str, names: list[str]) -> None:
-    """Every name must end the path of at least one module: peft would skip the others without a word."""
-    paths = [path for path, _ in base.named_modules() if path]
-    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    """Raise ValueError for a name that ends no module's path: peft would skip it without a word."""
+    modules = {f".{path}": module for path, module in base.named_modules()}
+    unknown = [name for name in names if not any(path.endswith(f".{name}") for path in modules)]
     if unknown:
-        leaves = [path for path, module in base.named_modules() if path and getattr(module, "weight", None) is not None]
-        rest = f" (and {len(unknown) - 3} more)" if len(unknown) > 3 else ""
-        existing = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in leaves))
+        weighted = [path for path, module in modules.items() if getattr(module, "weight", None) is not None]
+        existing = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in weighted))
         raise ValueError(
-            f"{key}: no module of {type(base).__name__} is called {', '.join(unknown[:3])}{rest}; there are, "
-            f"for instance, {', '.join(existing[:12])}."
+            f"{key}: no module of {type(base).__name__} is called {', '.join(unknown[:3])}; there are, for instance, "
+            f"{', '.join(existing[:12])}."
         )
 
 
@@ -227,11 +226,11 @@ def upcast_modules_to_save(policy: PeftModel) -> None:
 
 def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
     dtype = next(module.parameters()).dtype  # read now: FSDP computes in another one than it stores
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _cast_output(module: nn.Module, inputs: tuple, output: Any, *, dtype: torch.dtype) -> Any:
-    return output.to(dtype) if isinstance(output, torch.Tensor) else output
+    return output.to(dtype) if isinstance(output, Tensor) else output
 
 
 def changes_nothing(policy: PeftModel) -> bool:
@@ -282,9 +281,7 @@ def _excluded(base: nn.Module, *, everything: bool) -> str | None:
         parent = path.rsplit(".", 2)[-2:]
         if _is_own_linear(module):
             patterns.append(r"(.*\.)?" + re.escape(".".join(parent)))
-        if isinstance(getattr(module, "conv1d", None), nn.Conv1d) and isinstance(
-            getattr(module, "D", None), nn.Parameter
-        ):
+        if isinstance(getattr(module, "conv1d", None), nn.Conv1d) and hasattr(module, "D"):
             patterns.append(rf"(.*\.)?{re.escape(parent[-1])}\.(out_proj|x_proj|dt_proj)")
     return "|".join(dict.fromkeys(patterns)) or None
 
@@ -301,16 +298,16 @@ def _warn_of_unadapted(policy: Any) -> None:
 
     base = policy.get_base_model()
     layers = [layer for layer in policy.modules() if isinstance(layer, LoraLayer)]
-    known = {id(getattr(layer.get_base_layer(), adapted_name(layer))) for layer in layers}
+    adapted = {id(getattr(layer.get_base_layer(), adapted_name(layer))) for layer in layers}
     aside = [base.get_output_embeddings(), *(base.get_submodule(name) for name in modules_without_text(base))]
     for module in base.modules():
         if isinstance(module, (nn.Embedding, nn.Conv1d)) or any(module is other for other in aside):
-            known |= {id(parameter) for parameter in module.parameters()}
+            adapted |= {id(parameter) for parameter in module.parameters()}
     left: dict[str, int] = {}
     for name, parameter in base.named_parameters():
         trained = parameter.requires_grad or "original_module" in name
         matrix = parameter.ndim > 2 or (parameter.ndim == 2 and name.endswith("weight"))
-        if matrix and not trained and id(parameter) not in known:
+        if matrix and not trained and id(parameter) not in adapted:
             short = ".".join(part for part in name.split(".") if part != "base_layer" and not part.isdigit())
             short = ".".join(short.removesuffix(".weight").split(".")[-2:])
             left[short] = left.get(short, 0) + parameter.numel()

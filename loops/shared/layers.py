@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 
-# How far logits of the same weights, computed in two ways, may lie apart: root mean square of the difference over the
+# How far logits of the same weights may differ, computed in two ways: root mean square of the difference over the
 # standard deviation of the logits, by the coarsest dtype on the way. Measured on 28 to 36 random layers, adapter merged
 # or not: 1e-6 in float32, 3e-3 to 5e-3 in float16, 0.02 to 0.04 in bfloat16.
 LOGITS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
@@ -82,9 +82,9 @@ def reshard(model: nn.Module) -> None:
 def offload_activations(model: nn.Module) -> None:
     """Keep what the decoder layers save for backward in host memory, in place; the numbers stay the same to the bit.
 
-    With gradient checkpointing that is one tensor of [N, H] a layer, otherwise every activation inside it. Weights,
-    and what all layers share (positions, masks), stay where they are. Costs two copies over the bus for each tensor,
-    in the GPU's own queue, so nothing waits on the host.
+    With gradient checkpointing that is one tensor [N, H] per layer, otherwise every activation inside it. Weights, and
+    what all layers share (positions, masks), stay on the GPU. Costs two copies over the bus per tensor, in the GPU's
+    queue, so nothing waits on the host.
 
     The layers' class is replaced by a subclass of the same name. Call before sharding, before or after peft wraps the
     model; not with compiled layers. Raises ValueError where no repeated layer is found.
@@ -103,14 +103,13 @@ def offload_activations(model: nn.Module) -> None:
 
 
 class _Offloaded(nn.Module):
-    """Mixed into a decoder layer's class. `__call__` and not `forward`: checkpointing wraps `forward`, and what has to
-    move is what the checkpoint keeps, not what it forgets."""
+    """Mixed into a decoder layer's class. Checkpointing wraps `forward`, what it keeps has to move: so `__call__`."""
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
         shared = {_identity(leaf) for leaf in tree_leaves(kwargs) if type(leaf) is Tensor}
-        parked: dict[tuple[int, int], tuple[_Parked, torch.UntypedStorage]] = {}
+        copies: dict[tuple[int, int], tuple[_HostCopy, torch.UntypedStorage]] = {}
 
         def pack(tensor: Tensor) -> Any:
             if type(tensor) is not Tensor or tensor.untyped_storage().nbytes() < MIN_BYTES:
@@ -121,21 +120,20 @@ class _Offloaded(nn.Module):
             if any(_identity(weight) == _identity(tensor) for weight in (*self.parameters(), *self.buffers())):
                 return tensor
             # One copy for all tensors in a storage (an input that three projections save, views, transposes). Holding
-            # the storage until the layer ends keeps its address from being given to another; the version tells
-            # writes in between apart.
+            # the storage until the layer ends keeps its address from being reused; a write in between is a new version.
             key = (_identity(tensor), tensor._version)
-            if key not in parked:
+            if key not in copies:
                 storage = tensor.untyped_storage()
-                parked[key] = (_Parked(storage), storage)
-            return _Saved(parked[key][0], tensor.dtype, int(tensor.storage_offset()), tensor.size(), tensor.stride())
+                copies[key] = (_HostCopy(storage), storage)
+            return _Saved(copies[key][0], tensor.dtype, int(tensor.storage_offset()), tensor.size(), tensor.stride())
 
         with saved_tensors_hooks(pack, _unpack):
             output = super().__call__(*args, **kwargs)
-        parked.clear()  # autograd keeps `pack` itself for as long as what it packed
+        copies.clear()  # autograd keeps `pack` itself for as long as what it packed
         return output
 
 
-class _Parked:
+class _HostCopy:
     """The bytes of one storage in host memory."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
@@ -155,9 +153,9 @@ class _Parked:
 
 
 class _Saved(NamedTuple):
-    """One saved tensor: where it lies in a parked storage."""
+    """One saved tensor: its place in a storage that was copied."""
 
-    parked: _Parked
+    copy: _HostCopy
     dtype: torch.dtype
     offset: int
     size: torch.Size
@@ -167,8 +165,8 @@ class _Saved(NamedTuple):
 def _unpack(saved: Any) -> Tensor:
     if not isinstance(saved, _Saved):
         return saved
-    empty = torch.empty(0, dtype=saved.dtype, device=saved.parked.device)
-    return empty.set_(saved.parked.restore(), saved.offset, saved.size, saved.stride)  # type: ignore[call-overload]
+    empty = torch.empty(0, dtype=saved.dtype, device=saved.copy.device)
+    return empty.set_(saved.copy.restore(), saved.offset, saved.size, saved.stride)  # type: ignore[call-overload]
 
 
 def _identity(tensor: Tensor) -> int:

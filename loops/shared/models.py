@@ -77,7 +77,7 @@ class ModelConfig:
     use_rslora: bool = False
     """Scale by alpha/sqrt(r)."""
     modules_to_save: str | list[str] | None = None
-    """Modules trained and saved whole beside the adapters (list or comma list)."""
+    """Modules that are trained and saved themselves, with the adapters (list or comma list)."""
     load_in_4bit: bool = False
     """Quantise the frozen base to 4 bits (QLoRA; needs lora_r > 0 and bitsandbytes)."""
     load_in_8bit: bool = False
@@ -89,7 +89,7 @@ class ModelConfig:
     bnb_4bit_quant_storage: str = "auto"
     """Dtype that holds the packed weights; auto: uint8, or under FSDP (which shards no integers) the compute dtype."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantise the quantisation constants too (0.4 bits a parameter less)."""
+    """Quantise the quantisation constants too (0.4 bits less per parameter)."""
     merge_weights: bool = False
     """Export one merged model instead of the adapter."""
 
@@ -145,7 +145,7 @@ def split_names(names: str | list[str] | None) -> list[str]:
 
 
 class ModelSource(NamedTuple):
-    """Where the weights of a `model_id` lie."""
+    """Where the weights of a `model_id` are."""
 
     base: str  # folder or hub id of the base model
     revision: str | None  # hub revision of the base model
@@ -155,8 +155,8 @@ class ModelSource(NamedTuple):
 def find_source(config: ModelConfig) -> ModelSource:
     """Tell a model from an adapter, and find the adapter's base.
 
-    A relative `base_model_name_or_path` is looked up beside the adapter first, then from the working directory, and is
-    otherwise a hub id.
+    A relative `base_model_name_or_path` is looked up next to the adapter, then from the working directory, and else is
+    a hub id.
 
     Raises ValueError: `model_id` is neither a folder nor a hub id that can be read, or the adapter names no base.
     """
@@ -238,8 +238,7 @@ def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def add_stop_tokens(model: Any, tokenizer: Any, tokens: Iterable[str]) -> None:
-    """Put the tokens that end the rows' completions into the generation config, from which every engine and every
-    export takes them."""
+    """Put the tokens that end the rows' completions into the generation config, which engines and exports read."""
     ids = [*stop_token_ids(model, tokenizer), *(tokenizer.convert_tokens_to_ids(token) for token in sorted(tokens))]
     if set(ids) != set(stop_token_ids(model, None)):
         model.generation_config.eos_token_id = list(dict.fromkeys(ids))
@@ -255,23 +254,20 @@ def build_policy(
     for_fsdp: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The model that is trained: a transformers causal LM, or peft's wrapper around a frozen one. In training mode.
-
-    Random weights (`from_scratch`, fresh adapters) depend on `seed` alone and are drawn on the CPU, so they are the
-    same on every rank and device; the caller's random state is left as it was.
+    """The model that is trained, in training mode: a transformers causal LM, or peft's wrapper around a frozen one.
 
     Args:
         tokenizer: checked against the embeddings, when given.
-        stop_tokens: at which the rows' completions end; sampling and exports know them from here.
-        seed: of the random weights.
-        device: where the weights go. Unquantised weights stay on the CPU when `for_fsdp`, since sharding moves them.
+        stop_tokens: end the rows' completions; sampling and exports read them from the model.
+        seed: alone decides random weights (`from_scratch`, fresh adapters), drawn on the CPU: the same on every rank
+            and device. The caller's random state is left as it was.
+        device: of the weights. Unquantised weights stay on the CPU when `for_fsdp`, since sharding moves them.
         for_fsdp: the policy will be sharded with FSDP2.
         log: prints one line, how many parameters are trained.
 
     Dtypes: the base has `torch_dtype`; adapters (and `modules_to_save`) have at least float32, and float64 on a
-    float64 base. The unquantised rest of a quantised base (norms, embeddings, head) keeps `torch_dtype`: peft's
-    `prepare_model_for_kbit_training` would raise it to float32, which doubles embeddings and head and makes every
-    activation float32, while the norms compute in float32 anyway and our head's logits are float32.
+    float64 base. The unquantised rest of a quantised base (norms, embeddings, head) keeps `torch_dtype`: in float32,
+    as peft's `prepare_model_for_kbit_training` would have it, every activation would be float32 too.
 
     Raises ValueError: naming the key of the config that has to change.
     """
@@ -501,11 +497,13 @@ def _loading(key: str, name: str) -> Iterator[None]:
             raise ValueError(f"{key}: {name} could not be loaded: {reason}.") from error
         near = get_close_matches(Path(name).name, [path.name for path in Path(name).parent.glob("*/")], n=1)
         hint = f" (did you mean {Path(name).with_name(near[0])}?)" if near else ""
-        raise ValueError(f"{key}: there is no folder {name}{hint}, and no such hub id: {reason}.") from error
+        raise ValueError(
+            f"{key}: there is no folder {name}{hint}, and as a hub id it could not be loaded: {reason}."
+        ) from error
 
 
 def _refuse_pointers(key: str, folder: Path) -> None:
-    """Raise for files that git-lfs has not fetched."""
+    """Raise ValueError for files that git-lfs has not fetched."""
     for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".model", ".txt")):
         with file.open("rb") as opened:
             if opened.read(23) == b"version https://git-lfs":

@@ -144,9 +144,11 @@ def build_optimizer(
                 f"optimizer {config.optimizer} (bitsandbytes) cannot update the shards of fsdp: use adamw_torch_8bit, "
                 "or adamw_torch with cpu_offload: true."
             )
-        return _bitsandbytes(model, groups, config, seed)
+        with _installed(config.optimizer, "bitsandbytes"):
+            return _bitsandbytes(model, groups, config, seed)
     if config.optimizer in TORCHAO:
-        return _torchao(groups, config, seed)
+        with _installed(config.optimizer, "torchao"):
+            return _torchao(groups, config, seed)
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
     optimizer = torch.optim.AdamW(
         groups,
@@ -165,7 +167,7 @@ def build_optimizer(
 def _step_rounded(optimizer: Any, closure: Any = None) -> None:
     """AdamW (algorithm 2) in float32; bfloat16 weights and moments are stored by stochastic rounding.
 
-    Moments too: the second moment moves by a thousandth of itself in a step, less than its last place.
+    Moments too: the second moment moves by a thousandth of itself per step, less than its last place.
     """
     assert closure is None
     named = [(number, group, parameter) for number, (group, parameter) in enumerate(_parameters(optimizer))]
@@ -253,7 +255,6 @@ def take_step(optimizer: Any) -> Tensor:
 
     In bf16 that is the updates which rounding lost.
     """
-
     before = sample_weights(optimizer)
     optimizer.step()
     return (sample_weights(optimizer) == before).double().mean()
@@ -265,6 +266,16 @@ def sample_weights(optimizer: Any) -> Tensor:
     return torch.cat([part[:: max(1, part.numel() // 1024)] for part in parts])
 
 
+@contextmanager
+def _installed(optimizer: str, library: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer {optimizer} needs {library}, which is not installed: pip install plumbline[quant]."
+        ) from error
+
+
 def _bitsandbytes(
     model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig, seed: int
 ) -> torch.optim.Optimizer:
@@ -273,12 +284,8 @@ def _bitsandbytes(
     Gradients of embeddings are uneven over rows, which blocks of 8 bits round badly (Dettmers et al. 2022, section
     2.3; transformers does the same).
     """
-    try:
-        from bitsandbytes import optim
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer {config.optimizer} needs bitsandbytes, which is not installed: pip install plumbline[quant]."
-        ) from error
+    from bitsandbytes import optim
+
     overrides = optim.GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -314,12 +321,8 @@ def _torchao(groups: list[dict[str, Any]], config: OptimConfig, seed: int) -> to
     Its learning rate is a float32 tensor. torchao compiles the update once for each shape of a parameter, which costs
     about half a minute and needs a C++ compiler on a CPU: there the same update runs as it is written.
     """
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer {config.optimizer} needs torchao, which is not installed: pip install plumbline[quant]."
-        ) from error
+    from torchao.optim import AdamW8bit
+
     optimizer = AdamW8bit(
         groups,
         lr=config.learning_rate,

@@ -125,7 +125,7 @@ def _absolute(source: str) -> str:
 
 
 def _copy_processor(base: Any, folder: Path) -> None:
-    """What AutoProcessor reads beside the tokenizer, for models that take more than text."""
+    """Copy what AutoProcessor reads besides the tokenizer, for models that take more than text."""
     from transformers.utils import cached_file
 
     if base.config.get_text_config() is base.config:
@@ -143,7 +143,7 @@ def _copy_processor(base: Any, folder: Path) -> None:
 
 
 class WrongLogits(RuntimeError):
-    """What was written is not what was trained."""
+    """The exported model does not give the trained one's logits."""
 
 
 def reload_folder(folder: Path, model: ModelConfig, *, adapter: bool, quantisation: Any) -> nn.Module:
@@ -188,7 +188,7 @@ def logits_of(model: Any, device: torch.device | str | None = None) -> Tensor:
 
 
 def coarsest_dtype(model: nn.Module, *others: torch.dtype | None) -> torch.dtype:
-    """The dtype on the way to a model's logits that decides how far those of its export may lie from them."""
+    """The dtype on the way to a model's logits that decides how far those of its export may differ."""
     parameters = list(model.parameters())
     dtypes = {tensor.dtype for tensor in parameters if tensor.dtype in LOGITS_TOLERANCE}
     dtypes |= {other for other in others if other}
@@ -199,7 +199,7 @@ def coarsest_dtype(model: nn.Module, *others: torch.dtype | None) -> torch.dtype
 
 
 def compare_logits(expected: Tensor, found: Tensor, limit: float, dtype: torch.dtype) -> str:
-    """The sentence that says how far two models' logits [B, T, V] lie apart.
+    """The sentence that says how far two models' logits [B, T, V] differ.
 
     Raises WrongLogits: further than `limit`, as a root mean square over the standard deviation of `expected`.
     """
@@ -355,7 +355,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def trained_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """What training changes, whole, under peft's names, in `dtype` (None: its own)."""
+    """The trained tensors, unsharded, under peft's names, in `dtype` (None: their own)."""
     reshard(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -204,7 +204,7 @@ def test_missing_things_are_one_sentence_that_names_the_key(tmp_path, model_id, 
         str(tmp_path / "nowhere"): "model_id: there is no folder",
         "no/such/folder": "model_id: there is no folder no/such/folder",
         str(tmp_path / "empty"): "model_id: .*empty could not be loaded: Unrecognized model",
-        "nobody-at-all/no-such-model": "model_id: there is no folder nobody-at-all/no-such-model, and no such hub id",
+        "nobody-at-all/no-such-model": "model_id: there is no folder nobody-at-all/no-such-model, and as a hub id",
     }
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message) as error:

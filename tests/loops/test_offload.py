@@ -35,12 +35,12 @@ def parked(monkeypatch) -> list[torch.UntypedStorage]:
 def record(setattr_=setattr) -> list[torch.UntypedStorage]:
     storages = []
 
-    class Recorded(layers._Parked):
+    class Recorded(layers._HostCopy):
         def __init__(self, storage):
             storages.append(storage)
             super().__init__(storage)
 
-    setattr_(layers, "_Parked", Recorded)
+    setattr_(layers, "_HostCopy", Recorded)
     return storages
 
 

@@ -107,11 +107,16 @@ class ModelConfig:
         choose("bnb_4bit_quant_type", ("nf4", "fp4"))
         choose("bnb_4bit_compute_dtype", _COMPUTE_DTYPES)
         choose("bnb_4bit_quant_storage", (*_COMPUTE_DTYPES, "uint8"))
-        if self.load_in_4bit and self.load_in_8bit:
+        quantised = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(self, key)]
+        if len(quantised) == 2:
             raise ValueError("load_in_4bit and load_in_8bit are both true; keep one of them.")
-        for key in ("load_in_4bit", "load_in_8bit"):
-            if self.compile and getattr(self, key):
+        for key in quantised:
+            if self.compile:
                 raise ValueError(f"compile does not know the matrix products of {key}; drop one of them.")
+            if self.from_scratch:
+                raise ValueError(f"{key} quantises weights while reading them, and from_scratch reads none; drop one.")
+            if self.torch_dtype == "float64":
+                raise ValueError(f"{key} computes in at most float32; set torch_dtype to auto instead of float64.")
         if self.compile and self.activation_offloading:
             raise ValueError("activation_offloading was never seen to work with compile; drop one of them.")
         if self.lora_r < 0:
@@ -129,11 +134,6 @@ class ModelConfig:
                 raise ValueError(f"lora_target_modules is empty with lora_r {self.lora_r}; name modules or all-linear.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability from 0 up to, not including, 1.")
-        for key in ("load_in_4bit", "load_in_8bit"):
-            if getattr(self, key) and self.from_scratch:
-                raise ValueError(f"{key} quantises weights while reading them, and from_scratch reads none; drop one.")
-            if getattr(self, key) and self.torch_dtype == "float64":
-                raise ValueError(f"{key} computes in at most float32; set torch_dtype to auto instead of float64.")
 
 
 def split_names(names: str | list[str] | None) -> list[str]:

@@ -32,15 +32,15 @@ _CARD_SECTIONS = ("base_model", "loop", "dataset", "command", "settings", "metri
 def iter_weights(
     model: nn.Module, *, dtype: torch.dtype | None = None, adapter: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """The whole model, one whole tensor at a time, under the names of the plain transformers model.
+    """The model's tensors, unsharded, one at a time, under the names of the plain transformers model.
 
-    Adapters are merged on the fly, W + scaling * B A (DoRA: rescaled to the learned row norms), quantised weights are
-    dequantised first; the sum is formed in at least float32 and rounded once, to `dtype` (default: the base's). With
-    `adapter` False adapters are left out. The model itself is left untouched. Tied weights come once. Tensors may share
-    memory with the model: copy what outlives the next step. Buffers keep their dtype.
+    Adapters are merged on the fly, W + scaling * B A (DoRA: rescaled to the learned row norms), or left out where
+    `adapter` is False. Quantised weights are dequantised first; the sum is formed in at least float32 and rounded once,
+    to `dtype` (default: the base's). Tied weights come once; buffers keep their dtype. Tensors may share memory with
+    the model: copy what outlives the next step.
 
-    Every rank has to run through the whole iteration: a sharded tensor is gathered by all ranks when its turn comes.
-    Names are those of the model in memory; an architecture whose experts transformers fuses has other names in files.
+    Every rank has to run the whole iteration: all ranks gather each sharded tensor. Names are those of the model in
+    memory; an architecture whose experts transformers fuses has other names in files.
 
     Raises ValueError: there is an adapter that merging does not know.
     """
@@ -51,20 +51,19 @@ def iter_weights(
     reshard(model)
     base = base_model(model)
     seen: set[int] = set()
-    for name, owner, tensor, own in _walk(base, ""):
-        if not isinstance(owner, LoraLayer):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
+    for name, owner, tensor, rounded in _walk(base, ""):
         if isinstance(owner, LoraLayer):
             whole = _merged(owner, tensor, dtype) if adapter else _plain(owner.get_base_layer(), tensor)
+        elif id(tensor) in seen:
+            continue
         else:
+            seen.add(id(tensor))
             whole = _plain(owner, tensor)
         if type(tensor).__name__ == "Int8Params":
-            own = base.config.dtype  # 8-bit weights do not remember what they were read in, 4-bit ones do
+            rounded = base.config.dtype  # 8-bit weights do not keep the dtype they were read in, 4-bit ones do
         if dtype is not None and isinstance(tensor, nn.Parameter) and whole.is_floating_point():
-            own = dtype
-        yield name, whole if own is None else whole.to(own)
+            rounded = dtype
+        yield name, whole if rounded is None else whole.to(rounded)
 
 
 def export_model(

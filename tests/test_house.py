@@ -21,7 +21,6 @@ ALLOWED = {  # room -> what its files may import besides the standard library an
         "safetensors",
         "losses",
         "numpy",
-        "rich",
         "tqdm",
         "huggingface_hub",
     },

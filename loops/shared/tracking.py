@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl always, completions.jsonl and trackers when asked, a progress bar.
+"""What a run logs: metrics.jsonl always, completions.jsonl and trackers when asked, a progress bar.
 
 `metrics.jsonl` has one JSON object a line: `step` and every metric under its path (`loss/nll`, `time/step`, ...).
 JSON has no word for NaN or infinity: such a value is null, and `nonfinite` in the same row says which it was:
@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import unicodedata
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ HEADLINE = (  # shown by the progress bar where the loop has them
     *("loss/nll", "loss/dpo", "loss/policy", "reward/mean", "reward/missing", "reward/accuracy", "eval/loss"),
     *("eval/accuracy", "optim/grad_norm", "optim/learning_rate", "time/step"),
 )
-CELL_LENGTH = 400  # characters of a prompt or completion shown in the printed table
+CELL_LENGTH = 400  # characters of a prompt or completion that are printed
 
 
 class Tracker:
@@ -76,7 +75,7 @@ class Tracker:
             self._send(numbers, step)
 
     def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Append `rows` (`prompt`, `completion`, `reward` and more, JSON types) whole, and print them as a table."""
+        """Append `rows` (`prompt`, `completion`, `reward` and more, JSON types) whole, and print them."""
         for row in rows:
             self._completions.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         self._completions.flush()
@@ -331,10 +330,11 @@ def start_wandb(
     logs = folder / "wandb_logs"
     logs.mkdir(exist_ok=True)
     theirs = wandb.setup().settings  # with the environment's values
-    known_runs.setdefault("wandb", (not (project or run_name) and theirs.run_id) or uuid.uuid4().hex)
+    known = known_runs.get("wandb") or (theirs.run_id if not (project or run_name) else None)
     project, run_name = project or theirs.project or "plumbline", run_name or theirs.run_name or folder.resolve().name
-    tracker = WandBTracker(project, name=run_name, id=known_runs["wandb"], resume="allow", dir=str(logs))
+    tracker = WandBTracker(project, name=run_name, id=known, resume="allow", dir=str(logs))
     tracker.start()
+    known_runs["wandb"] = tracker.tracker.id
     tracker.store_init_configuration(dict(config))
     return tracker
 
@@ -444,19 +444,9 @@ def first_line(error: BaseException) -> str:
 
 
 def print_completions(rows: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Print sample completions as a table, long texts cut in the middle."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        return
-    table = Table(title=f"completions at step {step}", show_lines=True)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", overflow="fold")
+    """Print sample completions, long texts cut in the middle."""
     for row in rows:
-        table.add_row(*(Text(cell(row.get(column))) for column in rows[0]))  # Text: brackets are no markup here
-    Console().print(table)
+        print(f"completion at step {step}:", *(f"  {name}: {cell(value)}" for name, value in row.items()), sep="\n")
 
 
 def printable(text: str) -> str:
@@ -465,7 +455,7 @@ def printable(text: str) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: floats to 4 digits, texts with their middle cut out when long."""
+    """A value for the terminal: floats to 4 digits, long texts without their middle."""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = printable(str(value))

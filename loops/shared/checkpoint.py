@@ -1,12 +1,11 @@
-"""Saving checkpoints that are whole or not there, and a resume that goes on as if nothing had happened.
+"""Atomic, asynchronous, sharded checkpoints; bitwise resume.
 
-A checkpoint (its files: checkpoint_files.py) holds names and pieces of whole tensors, not positions, so nothing in it
-depends on how the model was wrapped or on how many ranks it was cut for. A frozen base is read from its own folder,
-never written.
+A checkpoint (its files: checkpoint_files.py) holds tensors by name, in pieces, so it does not depend on how the model
+was wrapped or sharded. A frozen base is not written; it is read from its own folder.
 
-All is written into `.tmp-NAME` beside its place, which is renamed when every byte is on disk. At no instant is there no
-whole checkpoint once there was one: what makes room for a new one of the same name is `.old-NAME` for that instant,
-and `find_checkpoint` knows it; the oldest are removed only after the rename.
+All files are written into `.tmp-NAME`, which is renamed when every byte is on disk; the oldest checkpoints are removed
+only after that. One of the same name is `.old-NAME` between the two renames, and `find_checkpoint` knows it: once there
+was a complete checkpoint, there always is one.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ Best = tuple[str, float, bool]  # name of a metric, its value now, whether great
 
 
 class NotSaved(OSError):
-    """A checkpoint could not be written; its text is one sentence, the same on every rank. What was there stays."""
+    """A checkpoint could not be written; its text is one sentence, the same on every rank. Older ones stay."""
 
 
 class Saver:
@@ -262,7 +261,7 @@ class Saver:
             self._write(job)
         except Exception as error:
             self.failure = not_saved(job, error)
-        except BaseException as error:  # a signal's, in the main thread: what is half written stays for the next save
+        except BaseException as error:  # of a signal, in the main thread: the next save removes partial files
             if not in_background:
                 raise
             self.failure = error
@@ -349,7 +348,7 @@ class Saver:
 
 @dataclass
 class _Agreed:
-    """What the ranks agreed on at the last save; while every rank has the same to write, it holds for the next."""
+    """What the ranks agreed on at the last save; used again while every rank has the same tensors to write."""
 
     local: SavePlan  # what this rank has
     seeing: list[int]  # ranks that see the folder, and write
@@ -360,7 +359,7 @@ class _Agreed:
 
 @dataclass
 class _Job:
-    """One checkpoint on its way to disk."""
+    """A checkpoint that is being written."""
 
     final: Path
     manifest: dict[str, Any]

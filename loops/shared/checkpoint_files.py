@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: what one consists of, which are whole, newest or best, and what can be read from one.
+"""A run's checkpoints on disk: what one consists of, which are complete, newest or best, and what can be read from one.
 
 A checkpoint is a folder `checkpoints/KIND-epochEE-stepNNNNNN` of the run folder:
 
@@ -8,7 +8,7 @@ A checkpoint is a folder `checkpoints/KIND-epochEE-stepNNNNNN` of the run folder
     rank-RRRRR.pt            random state of rank R: python, numpy, torch, the device; what else is only its own
     extra-RRRRR.pt           what the loop of rank R gave as `extra`, if anything
     state.json               what the loop needs to find its place: epoch, step, rows consumed, ...
-    manifest.json            sizes and checksums of all these files; written last, so a folder with a true one is whole
+    manifest.json            sizes and checksums of all these files; written last: a folder that has it is complete
 
 Beside it may stand `.tmp-NAME`, which is being written or removed, and for an instant `.old-NAME`, whose place a new
 one of that name is taking. Nothing here needs a process group or a model.
@@ -131,22 +131,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / 'checkpoints'}."
         )
     if not (path / MANIFEST).is_file():
-        raise ValueError(f"{path} is not a whole checkpoint: it has no {MANIFEST}.")
+        raise ValueError(f"{path} is not a complete checkpoint: it has no {MANIFEST}.")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except ValueError as error:  # undecodable bytes too
-        raise ValueError(f"{path} is not a whole checkpoint: its {MANIFEST} is not JSON ({error}).") from error
+        raise ValueError(f"{path} is not a complete checkpoint: its {MANIFEST} is not JSON ({error}).") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this program: its {MANIFEST} does not say {FORMAT}.")
     missing = {"files", "saved_at", "step", "world_size", "device"} - manifest.keys()
     if missing or not isinstance(manifest["files"], dict):
-        raise ValueError(f"{path} is not a whole checkpoint: its {MANIFEST} lacks {', '.join(sorted(missing))}.")
+        raise ValueError(f"{path} is not a complete checkpoint: its {MANIFEST} lacks {', '.join(sorted(missing))}.")
     for name, (size, _) in manifest["files"].items():
         if not (path / name).is_file():
-            raise ValueError(f"{path} is not a whole checkpoint: {name} is missing.")
+            raise ValueError(f"{path} is not a complete checkpoint: {name} is missing.")
         found = (path / name).stat().st_size
         if found != size:
-            raise ValueError(f"{path} is not a whole checkpoint: {name} has {found} bytes instead of {size}.")
+            raise ValueError(f"{path} is not a complete checkpoint: {name} has {found} bytes instead of {size}.")
     return manifest
 
 
@@ -183,7 +183,7 @@ def compare_checksums(path: Path, manifest: Mapping[str, Any], names: Iterable[s
 
 def refuse_altered(path: Path, manifest: Mapping[str, Any], name: str, found: int) -> None:
     if found != manifest["files"][name][1]:
-        raise AlteredError(f"{path} is not a whole checkpoint: {name} was altered after it was written.")
+        raise AlteredError(f"{path} is not a complete checkpoint: {name} was altered after it was written.")
 
 
 def whole_checkpoints(parent: Path, *, warn: bool = True) -> list[tuple[Path, dict[str, Any]]]:

@@ -115,9 +115,9 @@ class RunConfig:
     """What a non-finite gradient (NaN or inf) does: `stop` the run, or `skip` the optimizer step (ten in a row stop
     the run)."""
     heartbeat_timeout: float = 40.0
-    """Seconds after which a process that nobody hears of ends the run."""
+    """Seconds without news of a process after which the run ends."""
     collective_timeout: float = 1800.0
-    """Seconds that processes wait for one that lives but is behind (a slow reward, say)."""
+    """Seconds that processes wait for one that is alive but behind (in a slow reward function, for example)."""
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in ("auto", "no", "bf16"):
@@ -133,14 +133,6 @@ class RunConfig:
             raise ValueError(f"save_best is {self.save_best!r}, which is no metric: give its path, such as {near}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}.")
-        for name in ("heartbeat_timeout", "collective_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number of seconds above 0.")
-        for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more.")
-        if self.logging_steps == 0:
-            raise ValueError("logging_steps is 0; give 1 or more.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError("max_steps and num_train_epochs are both 0 or less; give one of them.")
         read_sharding(self.fsdp, self.fsdp_config, self.cpu_offload)  # refuses what it does not know
@@ -239,7 +231,7 @@ class Run:
         return self.stopping or (self.config.save_steps > 0 and self._due(step, self.config.save_steps))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Metrics of a step, to metrics.jsonl and the trackers; evaluations are also said."""
+        """Write the metrics of a step to metrics.jsonl and the trackers; evaluations are also printed."""
         metrics, self.pending = metrics | self.pending, {}
         if self.config.on_non_finite == "skip":
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -285,12 +277,12 @@ class Run:
         return prepared
 
     def create_folder(self, total_steps: int, *, rows: Sequence, **sizes: int | str) -> None:
-        """Create the run folder, with the resolved config and provenance, and start the trackers; of a run that is
-        resumed `resume` does that, so that a checkpoint that does not fit changes nothing.
+        """Create the run folder with the resolved config and provenance, and start the trackers.
 
-        Called when everything is built, so that bad input writes nothing. rows: the encoded training rows; sizes: what,
-        with loop, seed and rows, says which rows a step has. Raises ValueError where the checkpoint to resume from is
-        of another run; ends the process where the run in the folder has no step left.
+        Of a run that is resumed `resume` does that, so that a checkpoint that does not fit changes nothing. Call this
+        when everything is built, so that bad input writes nothing. rows: the encoded training rows; sizes: what else
+        decides which rows a step has. Raises ValueError where the checkpoint to resume from is of another run; ends
+        the process where the run in the folder has no step left.
         """
         self.phase, self.total_steps = STARTING, total_steps
         self.identity |= {"loop": self.loop, "seed": self.config.seed, "rows": len(rows), **sizes}

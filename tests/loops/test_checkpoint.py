@@ -351,7 +351,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("words", DAMAGE)
-def test_a_torn_checkpoint_is_refused_and_latest_passes_over_it(
+def test_an_incomplete_checkpoint_is_refused_and_latest_passes_over_it(
     accelerator: Accelerator, tmp_path: Path, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(accelerator)

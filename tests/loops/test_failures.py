@@ -420,7 +420,7 @@ def test_a_second_sigterm_ends_at_once_even_inside_a_collective(ended):
     assert "without saving" in result.outputs[0]
 
 
-def test_a_gradient_that_is_no_number_names_rank_and_rows_and_all_ranks_skip_alike(ended):
+def test_a_non_finite_gradient_names_rank_and_rows_and_all_ranks_skip_alike(ended):
     result = ended["not a number"]
     named = "step 5: the gradient's norm is nan; rank 1 has loss nan on rows 12"
     assert result.codes == [0, 0]
@@ -455,7 +455,7 @@ def test_the_groups_own_timeout_comes_later():
     assert group_timeout(1800.0) == timedelta(seconds=1860)
 
 
-def test_sigterm_is_a_wish_and_the_handler_is_put_back(capfd):
+def test_sigterm_is_a_request_and_the_handler_is_put_back(capfd):
     former, former_fd = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     stop = StopRequest()
     stop.install()
@@ -497,7 +497,7 @@ def terminate_a_forked_worker(queue):
 
 
 def test_a_forked_worker_ends_on_sigterm_as_ever():
-    """A pool's or a data loader's worker; and its signal is no wish of this process."""
+    """A pool's or a data loader's worker; and its signal is no request to this process."""
     queue = CONTEXT.SimpleQueue()
     process = CONTEXT.Process(target=terminate_a_forked_worker, args=(queue,))
     process.start()
@@ -519,7 +519,7 @@ def leave_a_child_behind(queue):
     os._exit(0)
 
 
-def test_the_death_of_the_launcher_is_a_wish():
+def test_the_death_of_the_launcher_is_a_request():
     """`accelerate launch` of one process ends on SIGTERM and leaves the loop alone."""
     queue = CONTEXT.SimpleQueue()
     process = CONTEXT.Process(target=leave_a_child_behind, args=(queue,))

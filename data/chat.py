@@ -160,7 +160,7 @@ def encode_rows(
 
     Raises ValueError: a row cannot be used (its number, counting from 1, stands in front), or no row was kept.
     """
-    notes = list(getattr(rows, "notes", ()))  # of data/load.py's Rows
+    notes = list(getattr(rows, "notes", ()))  # of data/files.py's Rows
     report = EncodeReport(what=what, rows=len(rows), max_seq_length=config.max_seq_length, notes=notes)
     kept: list[Encoded] = []
     bad: dict[int, Exception] = {}

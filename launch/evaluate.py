@@ -34,7 +34,8 @@ from configs.arguments import join_arguments, split_arguments
 from configs.loader import dump_config, load_config
 from configs.spellings import RENAMED
 from data.chat import EncodeConfig, Prompt, encode_example, encode_prompt, encode_rows
-from data.load import DataConfig, convert_rows, load_rows, read_rows
+from data.files import read_rows
+from data.load import DataConfig, convert_rows, load_rows
 from data.rewards import RewardConfig, RewardFn, build_reward_fn
 from launch.trained import TrainedModel, find_trained, rebuild_policy, run_folder_of
 from loops import dpo, grpo, sft

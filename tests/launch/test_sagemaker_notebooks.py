@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from data.chat import EncodeConfig, encode_example, encode_pair, encode_prompt, encode_rows
-from data.load import DataConfig, convert_rows, read_rows
+from data.files import read_rows
+from data.load import DataConfig, convert_rows
 from tests.launch.loopback import runtime
 from tests.launch.test_sagemaker_deploy import Container
 

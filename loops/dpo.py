@@ -29,7 +29,7 @@ from data.rewards import RewardConfig, build_reward_fn
 from loops.shared import models, optim, rollout
 from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
-from loops.shared.policy import check_context, choose_packing, score
+from loops.shared.policy import check_policy, choose_packing, score
 from loops.shared.reference import build_reference
 from loops.shared.rollout import RolloutConfig
 from loops.shared.run import RunConfig, one_sentence_errors, start_run
@@ -133,10 +133,10 @@ def main(config: Config) -> None:
     policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
     every = pairs + eval_pairs
     longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in every)
-    check_context(policy, longest, setting="max_seq_length", say=run.print_main)
-    first = pack.pack_check([pair.prompt_ids + pair.chosen_ids for pair in pairs[:2]], longest)
-    wanted, compiled = config.batch.packing, config.model.compile
-    choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
+    choose_packing(
+        policy, packing=config.batch.packing, compile=config.model.compile,
+        print_main=run.print_main,
+    )  # fmt: skip
     reference = build_reference(policy, accelerator.autocast)
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = batches.steps_per_epoch(len(pairs), rows_per_step)
@@ -149,6 +149,11 @@ def main(config: Config) -> None:
         engine = rollout.build_engine(config.rollout, policy, tokenizer, **serving)
         run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer, reference)
+    first_rows = pack.pack_check([pair.prompt_ids + pair.chosen_ids for pair in pairs[:2]], longest)
+    check_policy(
+        policy, first_rows, accelerator, longest=longest, print_main=run.print_main,
+        reference=reference, setting="max_seq_length",
+    )  # fmt: skip
     run.create_folder(total_steps, rows=pairs, rows_per_step=rows_per_step)
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
         began = time.perf_counter()

@@ -27,7 +27,7 @@ from data.rewards import MissingRewards, RewardConfig, build_reward_fn
 from loops.shared import models, optim, rollout
 from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
-from loops.shared.policy import check_context, choose_packing, score
+from loops.shared.policy import check_policy, choose_packing, score
 from loops.shared.reference import build_reference
 from loops.shared.rollout import RolloutConfig
 from loops.shared.run import RunConfig, one_sentence_errors, start_run
@@ -169,10 +169,10 @@ def main(config: Config) -> None:
     policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
     longest = max(len(p.prompt_ids) for p in prompts + eval_prompts)
     longest += config.rollout.max_completion_length
-    check_context(policy, longest, setting="max_completion_length or max_seq_length", say=say)
-    first = pack.pack_check([prompt.prompt_ids for prompt in prompts[:2]], longest)
-    wanted, compiled = config.batch.packing, config.model.compile
-    choose_packing(policy, first, wanted=wanted, compile=compiled, say=say)
+    choose_packing(
+        policy, packing=config.batch.packing, compile=config.model.compile,
+        print_main=say,
+    )  # fmt: skip
     reference = build_reference(policy, accelerator.autocast) if config.beta else None
     rows_per_step = config.prompts(accelerator.num_processes)
     epoch_steps = batches.steps_per_epoch(len(prompts), rows_per_step)
@@ -183,6 +183,11 @@ def main(config: Config) -> None:
     engine = rollout.build_engine(config.rollout, policy, tokenizer, **serving)
     run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer, reference)
+    first_rows = pack.pack_check([prompt.prompt_ids for prompt in prompts[:2]], longest)
+    check_policy(
+        policy, first_rows, accelerator, longest=longest, print_main=say, reference=reference,
+        setting="max_completion_length or max_seq_length",
+    )  # fmt: skip
     run.create_folder(total_steps, rows=prompts, rows_per_step=rows_per_step)
     start = run.resume(policy, optimizer, scheduler)
     engine.sync(policy)

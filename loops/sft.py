@@ -24,7 +24,7 @@ from data.rewards import RewardConfig, build_reward_fn
 from loops.shared import models, optim, rollout
 from loops.shared.metrics import Metrics
 from loops.shared.optim import OptimConfig
-from loops.shared.policy import check_context, choose_packing, score
+from loops.shared.policy import check_policy, choose_packing, score
 from loops.shared.rollout import RolloutConfig
 from loops.shared.run import RunConfig, one_sentence_errors, start_run
 from losses.sft import sft_loss
@@ -106,10 +106,10 @@ def main(config: Config) -> None:
     stops = reports[0].stop_tokens
     policy = models.build_policy(config.model, tokenizer, stops, seed=seed, **place)
     longest = max(len(example.input_ids) for example in examples + eval_examples)
-    check_context(policy, longest, setting="max_seq_length", say=run.print_main)
-    first = pack.pack_check([example.input_ids for example in examples[:2]], longest)
-    wanted, compiled = config.batch.packing, config.model.compile
-    choose_packing(policy, first, wanted=wanted, compile=compiled, say=run.print_main)
+    choose_packing(
+        policy, packing=config.batch.packing, compile=config.model.compile,
+        print_main=run.print_main,
+    )  # fmt: skip
     bins, packed = batches.build_bins(examples, config.batch, seed=seed)
     run.print_main(f"packing_strategy: {packed}")
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
@@ -123,6 +123,11 @@ def main(config: Config) -> None:
         engine = rollout.build_engine(config.rollout, policy, tokenizer, **serving)
         run.on_end(engine.close)
     policy, optimizer = run.prepare(policy, optimizer)
+    first_rows = pack.pack_check([example.input_ids for example in examples[:2]], longest)
+    check_policy(
+        policy, first_rows, accelerator, longest=longest, print_main=run.print_main,
+        setting="max_seq_length",
+    )  # fmt: skip
     sizes = {"packing_strategy": packed, "rows_per_step": rows_per_step}
     run.create_folder(total_steps, rows=examples, **sizes)
     start = run.resume(policy, optimizer, scheduler)

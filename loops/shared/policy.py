@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from loops.shared.attention import Layout, NotPackable, compare_masks, register_attention
-from loops.shared.layers import LOGITS_TOLERANCE, base_model, largest_list
+from loops.shared.layers import LOGITS_TOLERANCE, base_model, largest_list, reshard
 from losses.logprobs import token_logprobs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Scores(NamedTuple):
@@ -48,7 +51,7 @@ class _Head(nn.Linear):
 class _PackedForward:
     """Mixed into a causal LM's class by `enable_packing`."""
 
-    takes_packed_batches = True  # an instance that the self-check found not packable has False
+    takes_packed_batches = False  # True between `enable_packing` and `disable_packing`
 
     def packed_forward(self, packed, temperature: float) -> tuple[Tensor, Tensor]:
         """(log-probabilities [K], entropies [K]) of the batch's targets."""
@@ -62,10 +65,15 @@ class _PackedForward:
             layout=layout,
         )
         if layout.calls < self.config.get_text_config().num_hidden_layers:
-            raise RuntimeError(f"the layers of {type(self).__name__} are not all plain attention")
+            raise RuntimeError(f"the layers of {class_name(self)} are not all plain attention")
         hidden = out[0][0].index_select(0, packed.predictors)  # [K, H]
         softcap, scale = head_scaling(self.config)
         return self.get_output_embeddings()(hidden, packed.targets, temperature, softcap, scale)
+
+
+def class_name(model: nn.Module) -> str:
+    """The architecture's name, which FSDP2 prefixes."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def head_scaling(config) -> tuple[float | None, float]:
@@ -130,6 +138,8 @@ def enable_packing(model: nn.Module) -> None:
         # same name, so that an exported config.json still names the architecture
         names = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
         causal_lm.__class__ = type(original.__name__, (_PackedForward, original), names)
+    if not is_packed(causal_lm):
+        causal_lm.attention_before_packing = causal_lm.config._attn_implementation
     causal_lm.takes_packed_batches = True
     causal_lm.set_attn_implementation(register_attention())
 
@@ -137,6 +147,14 @@ def enable_packing(model: nn.Module) -> None:
 def is_packed(model: nn.Module) -> bool:
     """Whether a model, below its wrappers, takes packed batches: `enable_packing` prepared it for them."""
     return getattr(base_model(model), "takes_packed_batches", False)
+
+
+def disable_packing(model: nn.Module) -> None:
+    """Undo what `enable_packing` changed in the plain forward: `score` takes it, with the attention of before."""
+    causal_lm = base_model(model)
+    if is_packed(causal_lm):  # some models leave to an attention that they do not know what they do for their own
+        causal_lm.set_attn_implementation(causal_lm.attention_before_packing)
+        causal_lm.takes_packed_batches = False
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -220,8 +238,7 @@ def _difference(model: nn.Module, batch, dtype: torch.dtype) -> float:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        name = type(base_model(model)).__name__
-        raise NotPackable(f"the packed forward of {name} is not possible ({error})") from error
+        raise NotPackable(f"the packed forward of {class_name(base_model(model))} is not possible ({error})") from error
     with compare_masks(batch.padded()[1].sum(dim=1)):
         plain = score_plain(model, batch).logprobs
     rows = [row[mask] for row, mask in zip((packed - plain).abs(), batch.mask, strict=True) if mask.any()]
@@ -265,51 +282,67 @@ def check_causal(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> None
     other[0, -1] = (other[0, -1] + 1) % base_model(model).get_input_embeddings().weight.shape[0]
     was_training = model.training
     model.eval()
-    logits = model(input_ids=torch.cat([ids, other]), use_cache=False).logits.float()
+    with torch.compiler.set_stance("force_eager"):
+        logits = model(input_ids=torch.cat([ids, other]), use_cache=False).logits.float()
     model.train(was_training)
     each = (logits[0] - logits[1]).square().mean(-1).sqrt()  # [tokens]
     moved = (each[:-1].mean() / each[-1]).item()
     if moved > LOGITS_TOLERANCE[compute_dtype]:
         raise ValueError(
-            f"model_id: {type(base_model(model)).__name__} is not causal: logits before a token move {moved:.2g} times "
+            f"model_id: {class_name(base_model(model))} is not causal: logits before a token move {moved:.2g} times "
             "as much as its own when that token changes, so it would see what it is to predict; choose a decoder, or "
             "set is_decoder: true in its config.json if it was trained as one."
         )
 
 
-def choose_packing(model: nn.Module, batch, *, wanted: bool, compile: bool = False, say) -> bool:
-    """Prepare the model for packed batches and check them on a real one; False where the plain path must be taken.
+def choose_packing(model: nn.Module, *, packing: bool, compile: bool, print_main: Callable[[str], object]) -> None:
+    """`enable_packing` where `packing` asks for it and the model's parts fit, `compile_layers` where `compile` does.
 
-    Call before sharding, on every process. compile: `compile_layers` too. say: function that prints one line. Raises
-    ValueError as `check_causal`, on either path, and `self_check` do.
+    Call before sharding; after it, `check_packing`.
     """
-    if compile and not wanted:
+    if compile and not packing:
         raise ValueError("compile: true works on packed batches only; set packing: true, or compile: false.")
-    dtype = max((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
-    device = next(model.parameters()).device
-    if device.type != "meta":  # with cpu_ram_efficient_loading only the first process of a machine has weights yet
-        check_causal(model, batch.to(device), compute_dtype=dtype)
-    if not wanted:
-        return False
-    own_attention = base_model(model).config._attn_implementation
+    if not packing:
+        return
     try:
         enable_packing(model)
     except NotPackable as error:
-        say(f"packing: off, {error}")
-        return False
+        print_main(f"packing: off, {error}")
+        return
     if compile:
         compile_layers(model)
-    difference, reason = float("nan"), None
-    if device.type != "meta":
-        difference, reason = self_check(model, batch.to(device), compute_dtype=dtype)
-    if torch.distributed.is_initialized():
-        (reason,) = broadcast_object_list([reason])
-    if reason:  # some models leave to an attention that they do not know what they do themselves for their own
-        base_model(model).set_attn_implementation(own_attention)
-        base_model(model).takes_packed_batches = False
-    say(
-        f"packing: off, {reason}"
-        if reason
-        else f"packing: on, within {difference:.1e} of the plain forward on the first rows"
-    )
-    return reason is None
+
+
+def check_policy(
+    policy: nn.Module,
+    batch,
+    accelerator: Accelerator,
+    *,
+    longest: int,
+    setting: str,
+    print_main: Callable[[str], object],
+    reference: Any = None,
+) -> None:
+    """Check the prepared policy on a batch of real rows (`data.pack.pack_check`), on its device and sharded as it is:
+    `check_context` of the longest row, `check_causal` and, where it is packed, `self_check`.
+
+    Every process calls this, with the same batch. A policy that is found not packable goes back to the plain path, and
+    so does a `Reference` that is a copy of it. Raises ValueError as the three checks do.
+    """
+    check_context(policy, longest, setting=setting, say=print_main)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    dtype = dtype or max((p.dtype for p in policy.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
+    batch = batch.to(accelerator.device)
+    check_causal(policy, batch, compute_dtype=dtype)
+    if is_packed(policy):
+        found = gather_object([self_check(policy, batch, compute_dtype=dtype)])
+        difference, reason = max(each[0] for each in found), next((each[1] for each in found if each[1]), None)
+        if reason:
+            for model in (policy, *([] if reference is None else [reference.model])):
+                disable_packing(model)
+        print_main(
+            f"packing: off, {reason}"
+            if reason
+            else f"packing: on, within {difference:.1e} of the plain forward on the first rows"
+        )
+    reshard(policy)

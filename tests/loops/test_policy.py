@@ -1,9 +1,12 @@
 """The packed forward equals the plain padded one: values and gradients, over many architectures."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 from transformers import models as hf
 
@@ -12,13 +15,17 @@ from data.pack import empty_batch, pack_check, pack_examples, pack_groups, pack_
 from loops.shared.attention import NotPackable
 from loops.shared.policy import (
     check_context,
+    check_policy,
     choose_packing,
     compile_layers,
     enable_packing,
+    is_packed,
     score,
     score_plain,
     self_check,
 )
+from loops.shared.reference import build_reference
+from loops.shared.sharding import build_accelerator, prepare, read_sharding
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -79,6 +86,15 @@ FALLS_BACK = {
 }  # fmt: skip
 
 
+def checked(model, batch, said=None, packing=True) -> bool:
+    """Whether the packed path is taken, after the two steps that a loop takes."""
+    print_main = print if said is None else said.append
+    choose_packing(model, packing=packing, compile=False, print_main=print_main)
+    given = {"longest": 40, "setting": "max_seq_length", "print_main": print_main}
+    check_policy(model, batch, Accelerator(cpu=True), **given)
+    return is_packed(model)
+
+
 def tiny(name: str, extra: dict, dtype=torch.float64, **more):
     if not hasattr(hf, name):
         pytest.skip(f"this transformers has no {name}")
@@ -131,8 +147,45 @@ def test_other_layers_fall_back_with_a_reason(name):
     said = []
     model, batch = tiny(name, FALLS_BACK[name], dtype=torch.float32), pack_groups(groups())
     before = score_plain(model, batch).logprobs
-    assert not choose_packing(model, batch, wanted=True, say=said.append) and "packing: off" in said[0]
+    assert not checked(model, batch, said) and "packing: off" in said[0]
     assert torch.equal(score_plain(model, batch).logprobs, before)  # the plain path is the model's own again
+
+
+def on_two_shards(names):
+    torch.set_num_threads(1)
+    sharding = read_sharding("full_shard", {}, False)
+    accelerator = build_accelerator(sharding, precision="no", on_cpu=True, processes=2, per_machine=2)
+    for name in names:
+        plain, model = (tiny(name, FALLS_BACK[name], dtype=torch.float32) for _ in range(2))
+        batch, said = pack_groups(groups()), []
+        expected = score_plain(plain, batch).logprobs
+        expected.sum().backward()
+        choose_packing(model, packing=True, compile=False, print_main=said.append)
+        reference = build_reference(model)
+        optimizer = torch.optim.SGD(model.parameters())
+        policy, optimizer = prepare(accelerator, model, optimizer, reference=reference, sharding=sharding)
+        assert is_packed(policy) and is_packed(reference.model)
+        given = {"longest": 40, "setting": "max_seq_length", "print_main": said.append, "reference": reference}
+        check_policy(policy, batch, accelerator, **given)
+        assert not is_packed(policy) and "packing: off" in said[0] and "FSDP" not in said[0], said
+        logprobs = score(policy, batch).logprobs
+        logprobs.sum().backward()
+        assert torch.equal(logprobs, expected) and torch.equal(reference.logprobs(batch), expected)
+        for parameter, other in zip(policy.parameters(), plain.parameters(), strict=True):
+            if other.grad is not None:
+                assert (parameter.grad.full_tensor() - other.grad).abs().max() < 1e-5
+        accelerator.free_memory()
+
+
+def test_a_sharded_policy_falls_back_with_its_reference():
+    """The check runs after sharding; a packed forward that fails half-way leaves nothing behind on any process."""
+    names = [name for name in ("PhimoeConfig", "DeepseekV32Config") if hasattr(hf, name)]
+    code = (
+        "from accelerate import debug_launcher; from tests.loops.test_policy import on_two_shards;"
+        f"debug_launcher(on_two_shards, ({names!r},), num_processes=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_examples_and_pairs_equal_plain_padding(only_float64):
@@ -197,7 +250,7 @@ def test_running_out_of_memory_is_no_reason_to_leave_packing():
 
     model.model.layers[0].register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
-        choose_packing(model, pack_groups(groups()), wanted=True, say=print)
+        checked(model, pack_groups(groups()))
 
 
 def test_self_check_stops_a_model_that_disagrees():
@@ -248,10 +301,10 @@ def test_the_check_reaches_a_window_wider_than_its_rows(name, monkeypatch):
 
     rows = pack_check([list(range(3, 90))], 4096)
     extra = EXACT[name] | {"sliding_window": 4096, "max_position_embeddings": 8192}
-    assert choose_packing(tiny(name, extra, dtype=torch.float32), rows, wanted=True, say=print)
+    assert checked(tiny(name, extra, dtype=torch.float32), rows)
     model, said = tiny(name, extra, dtype=torch.float32), []
     monkeypatch.setattr(attention, "_window", lambda module, sliding_window: None)
-    assert not choose_packing(model, rows, wanted=True, say=said.append) and "mask" in said[0]
+    assert not checked(model, rows, said) and "mask" in said[0]
     assert model.config.sliding_window == 4096  # nothing of the check stays
 
 
@@ -278,7 +331,7 @@ def test_only_the_self_check_takes_an_error_for_a_model_that_is_not_packable():
         score(model, pack_groups(groups()))
     assert not isinstance(caught.value, NotPackable)
     handle.remove()
-    assert choose_packing(model, pack_groups(groups()), wanted=True, say=said.append)
+    assert checked(model, pack_groups(groups()), said)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -287,9 +340,9 @@ def test_a_model_that_sees_its_targets_is_refused(packing):
     shape = dict(vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
     model = hf.BertLMHeadModel(hf.BertConfig(**shape, is_decoder=False))
     with pytest.raises(ValueError, match="model_id: BertLMHeadModel is not causal.*is_decoder"):
-        choose_packing(model, pack_groups(groups()), wanted=packing, say=print)
+        checked(model, pack_groups(groups()), packing=packing)
     decoder = hf.BertLMHeadModel(hf.BertConfig(**shape, is_decoder=True))
-    assert not choose_packing(decoder, pack_groups(groups()), wanted=False, say=print)
+    assert not checked(decoder, pack_groups(groups()), packing=False)
 
 
 def test_a_model_that_sees_its_targets_is_refused_in_bfloat16_too():
@@ -297,7 +350,7 @@ def test_a_model_that_sees_its_targets_is_refused_in_bfloat16_too():
     shape = dict(num_hidden_layers=6, intermediate_size=64, is_decoder=False)
     model = tiny("BertConfig", shape, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
-        choose_packing(model, pack_groups(groups()), wanted=False, say=print)
+        checked(model, pack_groups(groups()), packing=False)
 
 
 def test_rows_beyond_the_models_positions():

@@ -19,7 +19,7 @@ from data.pack import pack_examples
 from loops import sft
 from loops.shared.models import ModelConfig, build_policy, build_tokenizer
 from loops.shared.optim import OptimConfig, build_optimizer, build_schedule, clip_gradients
-from loops.shared.policy import choose_packing, is_packed, score
+from loops.shared.policy import check_policy, choose_packing, is_packed, score
 from loops.shared.reference import build_reference
 from loops.shared.rollout import RolloutConfig, build_engine
 from loops.shared.sharding import build_accelerator, is_sharded, prepare, read_launcher_sharding, read_sharding
@@ -151,12 +151,14 @@ def train_variant(name, folder, accelerator, sharding):
     config = ModelConfig(model_id=str(folder / "adapter") if name == "continued" else base, **settings)
     tokenizer = build_tokenizer(config)
     policy = build_policy(config, tokenizer, seed=3, device="cpu", for_fsdp=sharded)
-    choose_packing(policy, pack_examples(EXAMPLES[:2]), wanted=True, say=lambda line: None)
-    assert is_packed(policy)
+    choose_packing(policy, packing=True, compile=False, print_main=print)
     reference = build_reference(policy)
     optimizer = build_optimizer(policy, OptimConfig(**OPTIM))
     scheduler = build_schedule(optimizer, OptimConfig(**OPTIM), 3)
     policy, optimizer = prepare(accelerator, policy, optimizer, reference=reference, sharding=sharding)
+    check = {"longest": 9, "setting": "max_seq_length", "print_main": print, "reference": reference}
+    check_policy(policy, pack_examples(EXAMPLES[:2]), accelerator, **check)
+    assert is_packed(policy) and is_packed(reference.model)
     loop = sft.Config(batch=BatchConfig(per_device_train_batch_size=3))
     count = sum(len(example.input_ids) - 1 for example in EXAMPLES)
     batch = pack_examples(EXAMPLES)

@@ -87,7 +87,7 @@ class Saver:
     the others' files as long as they grow, `deadline` seconds beyond (20 once its main thread has ended).
 
     Ranks that do not see rank 0's folder (other machines without a shared disk) write nothing: while copies are made
-    they send what only they hold to those that do, so that the checkpoint is whole on rank 0's machine, whose host
+    they send what only they hold to those that do, so that the checkpoint is complete on rank 0's machine, whose host
     memory must have room for it.
     """
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TERMINATED = 128 + signal.SIGTERM  # exit code of a process that SIGTERM ended
 HURRIED = 6.0  # seconds of silence that are enough once this process itself is asked to end
-GRACE = 4.0  # seconds left to the main thread, which often gets an error of its own when a peer is gone
+GRACE = 4.0  # seconds left to the main thread, which often gets an error itself when a rank is gone
 CLOSING = 5.0  # seconds that servers and trackers get to end when the process cannot go on
 ECHO = 2.0  # seconds within which a second SIGTERM counts as the first one, passed on by the launcher
 POLL = 0.5  # seconds between two looks
@@ -68,7 +68,6 @@ class StopRequest:
         self._requested = threading.Event()
         self._verbose = verbose
         self._parent = os.getppid() if follow_parent else None
-        self._first = 0.0  # when the first signal came, seen by Python's handler or the wake-up socket; either can lag
         self._installed = False
 
     @property
@@ -83,10 +82,10 @@ class StopRequest:
         self._installed = True
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._previous = signal.signal(signal.SIGTERM, lambda number, frame: self._requested.set())
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         hold, free = partial(self._mask, signal.SIG_BLOCK), partial(self._mask, signal.SIG_UNBLOCK)
-        os.register_at_fork(before=hold, after_in_parent=free, after_in_child=self._in_child)  # they stay for ever
+        os.register_at_fork(before=hold, after_in_parent=free, after_in_child=self._in_child)  # cannot be undone
         threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
 
     def remove(self) -> None:
@@ -102,53 +101,39 @@ class StopRequest:
             signal.pthread_sigmask(how, {signal.SIGTERM})
 
     def _in_child(self) -> None:
-        """A forked worker ends on SIGTERM as ever, and wakes nobody here."""
+        """In a forked worker SIGTERM ends the process, and does not reach this one."""
         if self._installed:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._mask(signal.SIG_UNBLOCK)  # one that came since the fork acts now
             self._installed = False
 
-    def _again(self) -> bool:
-        """Whether a signal is a second request. One that comes at once is the launcher's, which passes on what all
-        processes of the job were sent."""
-        self._first = self._first or time.monotonic()
-        return time.monotonic() - self._first > ECHO
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._requested.set()
-        if self._again():
-            self._quit()
-
     def _listen(self, reader: socket.socket) -> None:
-        """Count signals as they come, also those for which Python's handler has to wait."""
+        """Receive the signals, also while Python's handler has to wait for the main thread."""
         reader.settimeout(POLL)
-        said = woken = False
+        first, printed = 0.0, False  # time of the first SIGTERM
         while True:
             try:
-                received = reader.recv(64)  # one byte a signal: its number
+                received = reader.recv(64)  # one byte per signal: its number
                 if not received:
                     return reader.close()
                 if signal.SIGTERM in received:
-                    woken = True
-                    if self._again():
-                        self._quit()
+                    first = first or time.monotonic()
+                    if time.monotonic() - first > ECHO:
+                        end_process("a second SIGTERM: ending at once, without saving", TERMINATED, self.closers)
             except TimeoutError:
                 pass  # nothing came: look at the parent
             orphaned = self._parent is not None and os.getppid() != self._parent
-            if woken or orphaned:
+            if first or orphaned:
                 self._requested.set()
-            if self.requested and self._verbose and not said:
-                said = True
-                reason = "the process that started this one is gone" if orphaned and not woken else "SIGTERM"
+            if self.requested and self._verbose and not printed:
+                printed = True
+                reason = "the process that started this one is gone" if orphaned and not first else "SIGTERM"
                 os.write(2, f"{reason}: stopping after this step; another SIGTERM ends the run at once\n".encode())
-
-    def _quit(self) -> None:
-        end_process("a second SIGTERM: ending at once, without saving", TERMINATED, self.closers)
 
 
 def group_timeout(collective_timeout: float) -> timedelta:
-    """The process group's own timeout, for `InitProcessGroupKwargs`: it comes after `Watch` has had its say."""
+    """The process group's own timeout, for `InitProcessGroupKwargs`: later than that of `Watch`."""
     return timedelta(seconds=collective_timeout + 60)
 
 
@@ -427,7 +412,7 @@ class FiniteGuard:
         return False
 
     def explain(self, step: int, what: str) -> str:
-        """The sentence that names step, ranks and rows; every rank must call it, since they tell each other."""
+        """The sentence that names step, ranks and rows; every rank must call it, since it gathers them."""
         mine = [(float(loss), list(rows)) for loss, rows in self._seen]
         everywhere = gather_object([mine])  # [ranks][micro-batches] of (loss, rows)
         bad = [

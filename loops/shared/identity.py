@@ -46,7 +46,7 @@ def settings_of_identity(settings: dict) -> dict:
     decides = {key: value for key, value in decides.items() if key == "lora_r" or not key.startswith(unused)}
     rows = {"tokenizer_id": model.get("tokenizer_id"), **settings.get("data", {}), **settings.get("encode", {})}
     given = settings.get("reward", {}).get("reward_functions", ())
-    for name in given.split(",") if isinstance(given, str) else given:  # told on resume: a reward may be mended
+    for name in given.split(",") if isinstance(given, str) else given:  # a change is allowed on resume, and printed
         module, _, function = name.strip().partition(":")
         with suppress(KeyError, AttributeError, OSError, TypeError):  # one of ours, or without source
             source = inspect.getsource(getattr(sys.modules[module], function)).encode()

@@ -171,7 +171,7 @@ class Run:
     def __post_init__(self) -> None:
         accelerator, config = self.accelerator, self.config
         self.guard = FiniteGuard(accelerator, config.on_non_finite)
-        # `accelerate launch` passes no signal on to a single process: its own end is the sign
+        # `accelerate launch` passes no signal on to a single process, which has to watch for its end
         alone = accelerator.num_processes == 1 and started_by_accelerate()
         self.stop = StopRequest(verbose=accelerator.is_main_process, follow_parent=alone)
         self.watch = Watch(
@@ -271,7 +271,7 @@ class Run:
         self.print_main(sharding_line(self.accelerator, policy, self.sharding))
         for sentence in self.sharding.ignored if self.sharding else ():
             self.print_main(f"fsdp: ignored {sentence}")
-        seed = self.config.seed + self.accelerator.process_index  # own randomness (dropout): the weights are built
+        seed = self.config.seed + self.accelerator.process_index  # for dropout; the weights are built
         random.seed(seed)
         torch.manual_seed(seed)
         return prepared
@@ -564,7 +564,7 @@ def start_run(config: RunConfig, *, loop: str, resolved: str, settings: dict, ex
     checkpoint = find_checkpoint(folder, config.resume_from, accelerator=accelerator)
     if checkpoint is None and saved and config.resume_from != "none":
         best = config.resume_from == "best"
-        why = "is whole and was saved with save_best" if best else "is whole"
+        why = "is complete and was saved with save_best" if best else "is complete"
         raise ValueError(f"{folder} has checkpoints, but none {why}; name one by its path, or set none.")
     if checkpoint is None and earlier == {}:
         raise ValueError(
@@ -603,8 +603,8 @@ def one_sentence_errors(prog: str) -> Iterator[bool]:
 
     Bad input is a ValueError or FileNotFoundError raised by this project's own code (not from inside a library) before
     the first step or after the last one: during the steps it is a mistake in the code. User code that calls `exit()`
-    ends the run with 1: only this project's own ends have the code 0. torchrun is left the sentence for its own last
-    lines, so of several processes only a machine's first one prints it; yields whether this one does.
+    ends the run with 1, since nothing was exported. Under torchrun, which prints the sentence itself from a file, only
+    the first process of a machine prints it; yields whether this one does.
     """
     global _current
     _current = None

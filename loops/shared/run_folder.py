@@ -45,7 +45,7 @@ def list_contents(folder: Path) -> str:
 
 
 def claim_folder(folder: Path) -> IO | None:
-    """An open file that only this process has locked, until it ends, however it does; None where another one has it.
+    """An open file that this process has locked until it ends; None where another process has the lock.
 
     It lies in the folder, or in the nearest one above that is there. File systems without locks give it to everybody.
     """

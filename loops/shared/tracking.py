@@ -5,7 +5,7 @@ JSON has no word for NaN or infinity: such a value is null, and `nonfinite` in t
 
     {"step": 7, "loss/nll": null, "optim/grad_norm": 1.5, "nonfinite": {"loss/nll": "nan"}}
 
-Only the main process writes. The others get a `SilentTracker`, so that the loops never ask who they are.
+Only the main process writes. The others get a `SilentTracker`, so that the loops need not ask which process they are.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Tracker:
             self._send(numbers, step)
 
     def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Append `rows` (`prompt`, `completion`, `reward` and more, JSON types) whole, and print them."""
+        """Append `rows` (`prompt`, `completion`, `reward` and more, JSON types), and print them cut."""
         for row in rows:
             self._completions.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         self._completions.flush()
@@ -107,8 +107,10 @@ class Tracker:
         for tracker in self.trackers:  # those that failed too: the server may be back, and else MLflow tries at exit
             try:
                 end_tracker(tracker, ok)
-            except Exception as error:  # the run is over and its files are whole: say it, do not undo it
-                level = logging.INFO if tracker.name in self._failed else logging.WARNING  # told already, or news
+            except Exception as error:  # the run is over and its files are complete
+                level = (
+                    logging.INFO if tracker.name in self._failed else logging.WARNING
+                )  # quieter where it was dropped before
                 logger.log(level, "%s could not be closed: %s", tracker.name, first_line(error))
         self.trackers = []
 
@@ -220,7 +222,7 @@ def check_trackers(report_to: str | Iterable[str], mlflow_uri: str | None) -> No
 
 @contextmanager
 def _starting(name: str, before: Sequence[GeneralTracker] = ()) -> Iterator[None]:
-    """Whatever a tracker raises, as one sentence; those that were started before it are ended."""
+    """Turn whatever a tracker raises into one sentence; end the trackers that were started before it."""
     try:
         yield
     except Exception as error:
@@ -401,7 +403,7 @@ def cut_rows(path: Path, last_step: int | None) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -399,7 +399,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_one_without_a_
     assert len(run("sft", tmp_path / "run", "--max_steps", "1", "--resume_from", "latest")) == 2
     torn = tmp_path / "torn" / "checkpoints" / "full-epoch00-step000001"
     torn.mkdir(parents=True)
-    with pytest.raises(ValueError, match="none is whole"):
+    with pytest.raises(ValueError, match="none is complete"):
         run("sft", tmp_path / "torn", "--max_steps", "1", "--resume_from", "latest")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -85,22 +84,22 @@ def load_state(
             f"{optimizer_class(optimizer)} over {len(names)}): resume with the settings it was written with."
         )
     targets: dict[str, Tensor] = {}
-    values: dict[tuple[str, str], Callable[[], Any]] = {}  # each makes one value of the state, after the reading
+    state: dict[str, dict[str, Any]] = {}
     for name, entries in record["state"].items():
+        state[name] = {}
         for key, (kind, *details) in entries.items():
             path, parameter = f"{name}/{key}", parameters[name]
             sharded = isinstance(parameter, DTensor)
             if kind == "value":
-                values[name, key] = partial(_same, details[0])
+                state[name][key] = details[0]
             elif kind == "tensor":
-                targets[path] = _empty(parameter, key, *details)
-                values[name, key] = partial(_same, targets[path])
+                state[name][key] = targets[path] = _empty(parameter, key, *details)
             elif kind == "8bit" and not sharded:
                 moment = _eight_bit(parameter, *details)
                 targets |= {f"{path}.codes": moment.codes, f"{path}.scale": moment.scale}
-                values[name, key] = partial(_same, moment)
-            elif kind == "local" and sharded and _shape_of(local.get(path)) == parameter.to_local().shape:
-                values[name, key] = partial(_shard_from_tensors, parameter, local[path])
+                state[name][key] = moment
+            elif kind == "local" and sharded and _fits(parameter.to_local(), local.get(path)):
+                state[name][key] = _shard_from_tensors(parameter, local[path])
             else:
                 raise ValueError(
                     f"has 8-bit moments of {name} whose blocks fit only the shards that they were made for: resume on "
@@ -109,16 +108,14 @@ def load_state(
 
     def load() -> None:
         numbers = {name: number for number, name in enumerate(name for group in names for name in group)}
-        state: dict[int, dict[str, Any]] = {}
-        for (name, key), value in values.items():
-            state.setdefault(numbers[name], {})[key] = value()
         # Rates, decays and betas are this run's own: the schedule puts the rate of its step in.
         current = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         groups = [
             {**group, **now, "params": [numbers[name] for name in group["params"]]}
             for group, now in zip(record["groups"], current, strict=True)
         ]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        numbered = {numbers[name]: values for name, values in state.items()}
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         _page_again(_inner(optimizer))
 
     return targets, load
@@ -133,10 +130,6 @@ def _name_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
 def _inner(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer below accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _empty(parameter: Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -182,8 +175,8 @@ def _shard_to_tensors(moment: Any) -> dict[str, Any]:
     return {"codes": moment.codes, "scale": moment.scale, "kind": kind}
 
 
-def _shape_of(shard: Mapping[str, Any] | None) -> torch.Size | None:
-    return None if shard is None else shard["plain" if "plain" in shard else "codes"].shape
+def _fits(shard: Tensor, tensors: Mapping[str, Any] | None) -> bool:
+    return tensors is not None and tensors["plain" if "plain" in tensors else "codes"].shape == shard.shape
 
 
 def _shard_from_tensors(parameter: DTensor, shard: Mapping[str, Any]) -> Tensor:

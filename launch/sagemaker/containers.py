@@ -17,7 +17,6 @@ from launch.sagemaker.instances import gpus_of
 IMAGES = {"vllm": {"framework": "vllm", "version": "0.30.0"}, "lmi": {"framework": "djl-lmi", "version": "0.38.0"}}
 AMI = "al2023-ami-sagemaker-inference-gpu-4-1"  # driver 580: the images are built for CUDA 13.0
 MODEL = "/opt/ml/model"
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +88,8 @@ def container_environment(options: Options, adapter: str = MODEL) -> dict[str, s
         "ENABLE_AUTO_TOOL_CHOICE": "true" if options.tool_call_parser else None,
     }
     if options.lora_rank:
+        from loops.shared.adapters import served_rank  # imports torch
+
         values |= {"ENABLE_LORA": "true", "MAX_LORA_RANK": served_rank(options.lora_rank)}
     found = {}
     if vllm:
@@ -104,11 +105,3 @@ def container_environment(options: Options, adapter: str = MODEL) -> dict[str, s
         found = {"HF_MODEL_ID": options.base_model or MODEL, "TENSOR_PARALLEL_DEGREE": str(options.parallel)}
     prefix = "SM_VLLM" if vllm else "OPTION"
     return found | {f"{prefix}_{name}": str(value) for name, value in values.items() if value is not None}
-
-
-def served_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` of vLLM that this rank fits into. Raises ValueError above the largest."""
-    for room in LORA_RANKS:
-        if rank <= room:
-            return room
-    raise ValueError(f"the adapter's rank is {rank} and vLLM serves {LORA_RANKS[-1]} at most: merge it into its base.")

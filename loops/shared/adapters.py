@@ -33,6 +33,16 @@ REFERENCE_ADAPTER = "reference"  # the frozen copy of an adapter that training c
 _FOREIGN_LORA = ("trainable_token_indices", "layer_replication", "lora_bias")
 _MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MERGEABLE_LAYERS = ("Linear", "Embedding", "ParamWrapper", "Linear4bit", "Linear8bitLt")  # peft's own, no others
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of its max_lora_rank
+
+
+def served_rank(rank: int) -> int:
+    """The smallest `max_lora_rank` of vLLM that this rank fits into. Raises ValueError above the largest."""
+    if rank > VLLM_RANKS[-1]:
+        raise ValueError(
+            f"the adapter's rank is {rank} and vLLM serves {VLLM_RANKS[-1]} at most: merge it into its base."
+        )
+    return next(served for served in VLLM_RANKS if served >= rank)
 
 
 class SavedAdapter(NamedTuple):

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.sagemaker.account import Account
-from launch.sagemaker.containers import MODEL, Options, container_environment, served_rank
+from launch.sagemaker.containers import MODEL, Options, container_environment
 from launch.sagemaker.deploy import (
     Weights,
     build_requests,
@@ -31,6 +31,7 @@ from launch.sagemaker.deploy import (
     wait_for,
 )
 from launch.sagemaker.invoke import invoke, split_events, stream
+from loops.shared.adapters import served_rank
 from tests.launch.loopback import forward, runtime
 
 HOUSE = Path(__file__).resolve().parents[2]

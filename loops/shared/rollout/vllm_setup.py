@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from loops.shared.adapters import ADAPTER, served_rank
 from loops.shared.layers import base_model
 from loops.shared.models import stop_token_ids
 from loops.shared.rollout.config import RolloutConfig, Sampling
 from loops.shared.rollout.engine import check_call
 from loops.shared.rollout.masks import check_masks, structured_outputs
 from loops.shared.rollout.sampling import noise_keys
-from loops.shared.rollout.weight_transfer import BACKEND, LORA_RANKS, is_plain_lora
+from loops.shared.rollout.weight_transfer import BACKEND, is_plain_lora
 from loops.shared.weights import iter_weights, plain_class
 
 GIB = 2**30
@@ -54,7 +55,7 @@ class VllmSetup:
         self.sends_adapter = chosen and plain
         self.lora_rank = 0
         if self.sends_adapter:
-            self.lora_rank = next(rank for rank in LORA_RANKS if rank >= policy.peft_config["default"].r)  # type: ignore[operator,union-attr]
+            self.lora_rank = served_rank(policy.peft_config[ADAPTER].r)  # type: ignore[operator,union-attr]
         self.vocabulary = model.config.get_text_config().vocab_size
         self.stop_token_ids = {token for token in stop_token_ids(model, tokenizer) if token < self.vocabulary}
         self.check([], 1, config, [], 0)

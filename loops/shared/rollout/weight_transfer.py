@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loops.shared.adapters import ADAPTER
+from loops.shared.adapters import ADAPTER, VLLM_RANKS
 from loops.shared.rollout.masks import score_before_masking
 from loops.shared.weights import trained_tensors
 
@@ -29,8 +29,6 @@ Bucket = list[tuple[str, Tensor]]
 
 BACKEND = "plumbline"
 BUCKET_BYTES = 512 * 2**20
-# Adapter ranks that vLLM has kernels for.
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 Control = Callable[..., None]
@@ -46,7 +44,7 @@ def is_plain_lora(policy: nn.Module) -> bool:
     from peft.tuners.lora import LoraLayer
 
     lora = policy.peft_config[ADAPTER] if isinstance(policy, PeftModel) else None
-    if not isinstance(lora, LoraConfig) or lora.r > LORA_RANKS[-1] or lora.bias != "none":
+    if not isinstance(lora, LoraConfig) or lora.r > VLLM_RANKS[-1] or lora.bias != "none":
         return False
     more = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters")
     if any(getattr(lora, key, None) for key in more):

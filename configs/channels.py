@@ -19,8 +19,8 @@ CHANNELS = {
 def use_channels(values: dict[str, Any], folders: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Key -> the path in its channel's folder, and what to tell the user about it.
 
-    A value that already names a path beside the channels stays. Evaluation rows that are not in the channel of the
-    training rows belong to other rows, so they are dropped.
+    A value that is already a path in a channel stays. Evaluation rows that are not in the channel of the training rows
+    belong to other rows, so they are dropped.
 
     Args:
         values: what the config says, by key.
@@ -41,9 +41,9 @@ def use_channels(values: dict[str, Any], folders: dict[str, str]) -> tuple[dict[
     if "dataset_name" in folders and "eval_dataset_name" not in folders and evaluation:
         rows = Path(folders["dataset_name"])
         if not Path(evaluation).is_relative_to(rows.parent):
-            beside = rows / Path(evaluation).name
-            found["eval_dataset_name"] = str(beside) if beside.exists() else None
-            if not beside.exists():
+            same_name = rows / Path(evaluation).name
+            found["eval_dataset_name"] = str(same_name) if same_name.exists() else None
+            if not same_name.exists():
                 notes.append(
                     f"eval_dataset_name {evaluation} belongs to other rows: no evaluation without a validation channel"
                 )

@@ -65,14 +65,14 @@ def load_config(
     notes: list[str] = []
     try:
         arguments, options = split_arguments(argv, positional)
-        others = {name: leaf for other in also_in_files for name, leaf in find_leaves(other).items()}
-        ignored = {name: leaf for name, leaf in others.items() if name not in leaves}
+        ignored = {name: leaf for other in also_in_files for name, leaf in find_leaves(other).items()}
+        ignored = {name: leaf for name, leaf in ignored.items() if name not in leaves}
         values: Values = {}
         origin: dict[str, str] = {}
         files = [(path, read_file(path)) for path in options.get("config", [])]
         for source, pairs in [*files, (COMMAND_LINE, arguments)]:
-            beside = {} if source == COMMAND_LINE else ignored
-            layer = _read_layer(_flatten(pairs, source, {**leaves, **beside}), source, values, leaves, beside, notes)
+            others = {} if source == COMMAND_LINE else ignored
+            layer = _read_layer(_flatten(pairs, source, {**leaves, **others}), source, values, leaves, others, notes)
             values = {**_without_replaced(values, layer, leaves), **layer}
             origin.update(dict.fromkeys(layer, source))
         folders = dict(pair.split("=", 1) for pair in options.get("channels", []))

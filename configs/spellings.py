@@ -47,7 +47,7 @@ RENAMED = {other: ours for ours, others in _NAMES.items() for other in others.sp
 """Another name for one of our keys, with the same values."""
 
 _NOTES = {
-    "is read as `dataset_name`, or not at all where `dataset_name` stands beside it": "data_dir",
+    "is read as `dataset_name`, or not at all where the file also has `dataset_name`": "data_dir",
     "is read as `max_eval_samples`: rows over all processes, not batches": "limit_val_batches",
     "is read as `eval_steps`: optimizer steps, not micro-batches": "val_check_interval",
     "is not used: all rows that are held out are evaluation rows": "hfdc_val_test_split_ratio",
@@ -56,7 +56,7 @@ _NOTES = {
     ),
     "is not used: checkpoints are in `checkpoints` of `output_dir`": "checkpoint_dir",
     "is not used: `max_seq_length` is for prompt and completion together": "max_prompt_length",
-    "is not used: models are fetched whole, to where HF_HOME says": "use_snapshot_download cache_dir",
+    "is not used: models are fetched completely, into HF_HOME": "use_snapshot_download cache_dir",
     "is not used: `seed` draws the rows, anew in each epoch, and a resumed run goes on with the rows that come next": (
         "data_seed shuffle shuffle_dataset ignore_data_skip"
     ),

@@ -9,8 +9,8 @@ Greedy unless `--do_sample true`; a `--temperature`, `--top_p`, `--top_k` or `--
 one of its checkpoints) brings its own config.yaml, so templates, chat options and completion length are those of
 training; `--config` files and keys given here go over them, and `--dataset_name` changes the rows only.
 Written to `--output`: `predictions.jsonl`, one row a line with prompt,
-completion, reference and every score, and `metrics.json` with the means; the trackers get the means when asked
-(`--report_to`).
+completion, reference and every score, and `metrics.json` with the means; the trackers get the means with
+`--report_to`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # samplin
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluation: the loops' sections, of which a training file's own keys may stay where they are."""
+    """Evaluation. A training file may be given: the keys that only training has do nothing."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -78,8 +78,8 @@ class Config:
 def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None, str | None, Config]:
     """(model or run, output folder, settings) of the command line.
 
-    The loops' own keys are understood in files, where they do nothing; here they are unknown. Without a model, a config
-    file and `model_id`, the model is the newest checkpoint below `--checkpoints_dir` (results).
+    Keys that only training has do nothing in files, and are unknown on the command line. Without a model, a config file
+    and `model_id`, the model is the newest checkpoint below `--checkpoints_dir` (results).
     """
     loops = (sft.Config, dpo.Config, grpo.Config)
     if {"--help", "-h"} & set(argv):
@@ -112,17 +112,17 @@ def read_arguments(argv: Sequence[str], prints: bool = True) -> tuple[str | None
 
 
 def with_sampling(config: Config, given: set[str]) -> Config:
-    """`do_sample` as the keys of the command line want it. Raises ValueError where one of them would do nothing."""
+    """`do_sample` as the command line's keys imply it. Raises ValueError where one of them would do nothing."""
     greedy = "greedy" in given or ("do_sample" in given and not config.do_sample)
-    asked = [key for key, off in GREEDY.items() if key in given and getattr(config.rollout, key) != off]
-    asked += ["do_sample"] * ("do_sample" in given and config.do_sample)
-    if asked and greedy:
-        raise ValueError(f"temperature 0, or do_sample false, is greedy: leave it out, or {', '.join(asked)}.")
-    return replace(config, do_sample=(config.do_sample or bool(asked)) and not greedy)
+    sampled = [key for key, off in GREEDY.items() if key in given and getattr(config.rollout, key) != off]
+    sampled += ["do_sample"] * ("do_sample" in given and config.do_sample)
+    if sampled and greedy:
+        raise ValueError(f"temperature 0, or do_sample false, is greedy: leave it out, or {', '.join(sampled)}.")
+    return replace(config, do_sample=(config.do_sample or bool(sampled)) and not greedy)
 
 
 def find_model(name: str | None, config: Config) -> TrainedModel | ModelConfig:
-    """What is evaluated: trained weights of a run, or the settings that read a whole model or a hub id."""
+    """What is evaluated: trained weights of a run, or the settings that load a model folder or a hub id."""
     if name and Path(name).expanduser().is_dir():
         trained = find_trained(name)
         if trained.kind != "model":
@@ -140,7 +140,7 @@ def build_model(found: TrainedModel | ModelConfig, tokenizer: Any, device: torch
     """The model in evaluation mode; one without adapters has bfloat16 on a GPU unless `torch_dtype` says otherwise."""
     if isinstance(found, TrainedModel):
         return rebuild_policy(found, device=device)
-    dtype = resolve_dtype(replace(found, lora_r=max(found.lora_r, 1)), device)  # what a frozen model has
+    dtype = resolve_dtype(replace(found, lora_r=max(found.lora_r, 1)), device)  # the dtype of a frozen base
     found = replace(found, torch_dtype=str(dtype).removeprefix("torch."))
     return build_policy(found, tokenizer, seed=0, device=device).eval()
 
@@ -167,17 +167,17 @@ def build_scores(config: RewardConfig, prompts: Sequence[Prompt]) -> RewardFn:
 
 
 def reference_of(prompt: Prompt, tokenizer: Any, config: EncodeConfig) -> str | None:
-    """The text that a row wants: the first of the columns REFERENCES that it fills, or the last reply of `messages`.
+    """A row's reference text: the first of the columns REFERENCES that it has, or the last reply of `messages`.
 
-    A reply with tool calls is what the chat template writes for it.
+    A reply with tool calls is the text that the chat template writes for it.
     """
     row = prompt.columns
-    wanted = next((row[name] for name in REFERENCES if row.get(name) is not None), None)
-    if wanted is None and row.get("messages"):
-        wanted = row["messages"][-1:] if row["messages"][-1].get("role") == "assistant" else None
-    if wanted is None or isinstance(wanted, (str, int, float)):
-        return None if wanted is None else str(wanted)
-    reply = wanted[-1] if isinstance(wanted, list) and wanted else wanted
+    found = next((row[name] for name in REFERENCES if row.get(name) is not None), None)
+    if found is None and row.get("messages"):
+        found = row["messages"][-1:] if row["messages"][-1].get("role") == "assistant" else None
+    if found is None or isinstance(found, (str, int, float)):
+        return None if found is None else str(found)
+    reply = found[-1] if isinstance(found, list) and found else found
     if not isinstance(reply, dict):
         return None
     if not reply.get("tool_calls"):
@@ -192,7 +192,7 @@ def reference_of(prompt: Prompt, tokenizer: Any, config: EncodeConfig) -> str | 
 
 
 def with_reference(prompt: Prompt, reference: str | None) -> Prompt:
-    """The prompt as the scores see it: with the text that its row wants, where no column of its own has one."""
+    """The prompt for the scores: with a column `reference`, where none of its own columns is one."""
     if reference is None or any(prompt.columns.get(name) is not None for name in REFERENCES):
         return prompt
     return replace(prompt, columns={**prompt.columns, "reference": reference})
@@ -220,8 +220,8 @@ def text_scores(completion: str, reference: str | None) -> dict[str, float | Non
 def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], config: Config, tokenizer: Any, run: Run):
     """This process's predictions, as rows of predictions.jsonl.
 
-    numbers: each prompt's row in the data, from 1. A prompt's randomness belongs to its place, so the completions are
-    the same on any number of processes.
+    numbers: each prompt's row in the data, from 1. A prompt's random numbers depend on its index, so the completions
+    are the same on any number of processes.
     """
     sampling = config.rollout if config.do_sample else config.rollout.greedy()
     accelerator, size = run.accelerator, config.generation_batch_size
@@ -229,19 +229,19 @@ def predict(engine: Any, prompts: Sequence[Prompt], numbers: Sequence[int], conf
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     predictions: list[dict[str, Any]] = []
     for start in range(0, math.ceil(len(prompts) / accelerator.num_processes), size):  # as often on every process
-        places = list(mine[start : start + size])
-        chosen = [prompts[place] for place in places]
+        indices = list(mine[start : start + size])
+        chosen = [prompts[index] for index in indices]
         ids = [prompt.prompt_ids for prompt in chosen]
-        groups = engine.sample(ids, n=1, sampling=sampling, seed=config.run.seed, prompt_numbers=places)
+        groups = engine.sample(ids, n=1, sampling=sampling, seed=config.run.seed, prompt_numbers=indices)
         completions: list[Completion] = [group[0] for group in groups]
         result = reward_fn(chosen, completions)
-        if result.failure:  # a warning is shown once
+        if result.failure:  # Python shows a warning once
             warnings.warn(f"a score failed; its rows count as missing:\n{result.failure}", stacklevel=1)
-        for index, (place, prompt, completion) in enumerate(zip(places, chosen, completions, strict=True)):
+        for row_index, (index, prompt, completion) in enumerate(zip(indices, chosen, completions, strict=True)):
             reference = reference_of(prompt, tokenizer, config.encode)
             scores = text_scores(completion.text, reference)
-            scores |= {name: values[index] for name, values in result.by_name.items()}
-            row: dict[str, Any] = {"row": numbers[place], "prompt": prompt.text, "completion": completion.text}
+            scores |= {name: values[row_index] for name, values in result.by_name.items()}
+            row: dict[str, Any] = {"row": numbers[index], "prompt": prompt.text, "completion": completion.text}
             row |= {"reference": reference, "scores": scores, "tokens": len(completion.token_ids)}
             predictions.append(row | {"finish_reason": completion.finish_reason})
     return predictions
@@ -273,14 +273,13 @@ def evaluate(name: str | None, output: str | None, config: Config) -> dict[str, 
     numbers = {id(row): number for number, row in enumerate(rows, start=1)}
     lines = [numbers[id(prompt.columns)] for prompt in prompts]
     prompts = [with_reference(prompt, reference_of(prompt, tokenizer, config.encode)) for prompt in prompts]
-    build_scores(config.reward, prompts)  # refuses what it does not know, and columns, before the model is read
+    build_scores(config.reward, prompts)  # unknown rewards and columns are refused before the model is read
 
     folder = run_folder_of(Path(name).expanduser()) if name else None
     if output is None and folder:
         output = str(folder / "evaluations" / time.strftime("%Y%m%d-%H%M%S"))
-    asked = config.run  # of a training run's section only this much means anything here
-    own = {key: getattr(asked, key) for key in ("results_dir", "run_name", "seed", "report_to", "mixed_precision")}
-    own |= {key: getattr(asked, key) for key in ("mlflow_uri", "mlflow_experiment_name")}
+    own = {key: getattr(config.run, key) for key in ("results_dir", "run_name", "seed", "report_to", "mixed_precision")}
+    own |= {key: getattr(config.run, key) for key in ("mlflow_uri", "mlflow_experiment_name")}
     settings = asdict(config) | {"model": asdict(model)}
     run = start_run(
         RunConfig(output_dir=output, **own),

@@ -2,11 +2,11 @@
 
     python -m launch.export                                         # the newest checkpoint under results/
     python -m launch.export results/my-run                          # a run's newest weights
-    python -m launch.export CHECKPOINT --no_merge                   # the adapter by itself
+    python -m launch.export CHECKPOINT --no_merge                   # the adapter alone
     python -m launch.export CHECKPOINT --base_model Qwen/Qwen3-8B   # a checkpoint without its run folder
 
-Full, LoRA and QLoRA are told apart by what was saved. The policy is built again as the run built it, the trained
-tensors are put in, and one folder is written: `CHECKPOINT.hf_model` (adapters merged; of a quantised base into the
+Full, LoRA and QLoRA are recognised by what was saved. The policy is rebuilt as in training, the trained tensors are
+loaded, and one folder is written: `CHECKPOINT.hf_model` (adapters merged; of a quantised base into the
 dequantised one, which is what the adapter was trained on), or `CHECKPOINT.hf_peft` (the adapter). What was written is
 loaded afresh and must give the policy's logits before it gets its name. One process, on the CPU, offline where the base
 model is.
@@ -57,7 +57,7 @@ class Options:
     output: str | None = None
     """Folder to write; left out, the source's name with .hf_model or .hf_peft."""
     no_merge: bool = False
-    """Write the adapter instead of a whole model."""
+    """Write the adapter instead of a merged model."""
     dtype: str = "auto"
     """Of the written weights: auto (as in training), float32, bfloat16, float16 or float64."""
 
@@ -72,7 +72,7 @@ def export(
     """Write `output` and return the sentence that says how it compares with the policy.
 
     Args:
-        merge: write a whole model; else the adapter.
+        merge: write a merged model; else the adapter.
         dtype: of the written weights; None keeps the dtype of training.
 
     Raises:

@@ -39,7 +39,7 @@ class TrainedModel:
     path: Path
     """A checkpoint, or a folder in Hugging Face's format."""
     kind: str
-    """`checkpoint`, `adapter` (a peft folder) or `model` (a whole one: nothing is left to export)."""
+    """`checkpoint`, `adapter` (a peft folder) or `model` (a complete model: nothing is left to export)."""
     model: ModelConfig
     """The run's model section, with the dtype that it had in training."""
     seed: int
@@ -73,7 +73,7 @@ def find_trained(name: str | None, *, checkpoints_dir: str = "results", base_mod
         path = newest_checkpoint(Path(checkpoints_dir))
         if path is None:
             raise ValueError(
-                f"there is no whole checkpoint under {checkpoints_dir}: name one, or give checkpoints_dir."
+                f"there is no complete checkpoint under {checkpoints_dir}: name one, or give checkpoints_dir."
             )
         return _read_checkpoint(path, base_model)
     path = Path(name).expanduser()
@@ -90,12 +90,12 @@ def find_trained(name: str | None, *, checkpoints_dir: str = "results", base_mod
     if written:  # no checkpoint, or the run went on after its last one
         return _read_export(exported, base_model)
     raise ValueError(
-        f"{name} holds neither a whole checkpoint nor a model folder: give a run, a checkpoint or an adapter."
+        f"{name} holds neither a complete checkpoint nor a model folder: give a run, a checkpoint or an adapter."
     )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint under a folder that was written last, by the time in its manifest."""
+    """The newest complete checkpoint under a folder, by the time in its manifest."""
     found = []
     for file in folder.glob("**/manifest.json"):
         path = file.parent
@@ -245,7 +245,7 @@ def _main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _last_step(run: Path) -> int:
-    """The last step that the run's metrics.jsonl tells of; -1 where there is none."""
+    """The last step in the run's metrics.jsonl; -1 where there is none."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=-1)

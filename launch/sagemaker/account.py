@@ -22,7 +22,7 @@ class Account:
     """boto3 session; left out, this machine's credentials."""
 
     def find_role(self, dry_run: bool) -> str:
-        """The role's ARN; a dry run, which does not need one, shows where it would stand."""
+        """The role's ARN; a dry run, which needs none, shows a placeholder."""
         role = self.role or os.environ.get("SAGEMAKER_ROLE_ARN")
         role = role or ("arn:aws:iam::000000000000:role/ROLE" if dry_run else None)
         if not role:

@@ -1,7 +1,7 @@
 """The folders of a SageMaker job, and the loop's command line in it. Standard library only.
 
 SageMaker mounts everything under /opt/ml: channels in `input/data/NAME`, and in `model`, `output/data` and
-`checkpoints` what is to be uploaded.
+`checkpoints` what it uploads.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def read_literal(text: str) -> Any:
 def loop_words(
     words: list[str], hyperparameters: dict[str, Any], folders: JobFolders, *, loop: str, log: Callable[[str], None]
 ) -> list[str]:
-    """The loop's whole command line: config files < hyperparameters < the command's own keys < the job's folders.
+    """The loop's command line: config files < hyperparameters < the command's own keys < the job's folders.
 
-    words: what stands behind the loop's path in the job's command; loop: its name (`grpo`). What the channels mean for
+    words: what follows the loop's path in the job's command; loop: its name (`grpo`). What the channels mean for
     the configuration is decided by its loader (`configs/channels.py`).
     """
     pairs, options = split_arguments([*hyperparameter_words(hyperparameters), *words])

@@ -69,8 +69,8 @@ def summary(job: dict[str, Any]) -> list[str]:
         lines.append(f"{metric['MetricName']} {metric['Value']:.6g}")
     if "BillableTimeInSeconds" in job:
         machines = job.get("ResourceConfig", {}).get("InstanceCount", 1)
-        billed, whole = job["BillableTimeInSeconds"], job.get("TrainingTimeInSeconds", 0)
-        saved = f", {1 - billed / whole:.0%} saved by spot" if whole > billed else ""
+        billed, total = job["BillableTimeInSeconds"], job.get("TrainingTimeInSeconds", 0)
+        saved = f", {1 - billed / total:.0%} saved by spot" if total > billed else ""
         lines.append(f"billed: {billed} s on each of {machines} machine(s){saved}")
     if job.get("ModelArtifacts", {}).get("S3ModelArtifacts"):
         lines.append(f"model: {job['ModelArtifacts']['S3ModelArtifacts'].rstrip('/')}/")

@@ -1,8 +1,8 @@
-"""Runs inside AWS's vLLM image, beside an adapter: makes the endpoint answer with it. Imports nothing of this project.
+"""Runs inside AWS's vLLM image, with an adapter: makes the endpoint answer with it. Imports nothing of this project.
 
 vLLM's /invocations puts the header X-Amzn-SageMaker-Adapter-Identifier in the place of the body's `model`, and nothing
 where there is no such header; boto3 cannot send it to an endpoint of one model. So the base would answer, silently.
-`deploy` lays this file beside the adapter and has vLLM load it (`--middleware`).
+`deploy` copies this file into the adapter's folder and has vLLM load it (`--middleware`).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a training job is asked for: the machines, and everything else."""
+"""The settings of a training job: the machines, and everything else."""
 
 from __future__ import annotations
 

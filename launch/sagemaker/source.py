@@ -53,8 +53,8 @@ def stage_source(
 
     Raises ValueError for what does not exist, and for names that two files would share.
     """
-    for room in PACKAGES:
-        shutil.copytree(PROJECT / room, folder / room, ignore=NOT_SHIPPED)
+    for package in PACKAGES:
+        shutil.copytree(PROJECT / package, folder / package, ignore=NOT_SHIPPED)
     staged = []
     for config in configs:
         inside = config.resolve().is_relative_to(PROJECT) and config.resolve().relative_to(PROJECT).parts[0] in PACKAGES
@@ -84,13 +84,13 @@ def stage_source(
 def path_in_job(value: str, include: Sequence[str]) -> str | None:
     """The job's path of this file or folder, None where it is not sent or does not exist."""
     path = Path(os.path.expandvars(value)).expanduser()
-    whole = (path if path.exists() else PROJECT / value).resolve()
+    found = (path if path.exists() else PROJECT / value).resolve()
     roots = {Path(own).resolve(): Path(own).resolve().parent for own in include} | {
         PROJECT / r: PROJECT for r in PACKAGES
     }
     for root, above in roots.items():
-        if whole.exists() and whole.is_relative_to(root):
-            place = whole.relative_to(above)
+        if found.exists() and found.is_relative_to(root):
+            place = found.relative_to(above)
             return None if NOT_SHIPPED("", place.parts) else place.as_posix()
     return None
 
@@ -118,7 +118,7 @@ def check_sources(values: Mapping[str, Any], channels: Mapping[str, Any], includ
                 cure = "leave it out, for a job goes on from the checkpoints of its run_name"
             raise ValueError(f"{key} is {value}, which the job does not have: {cure}.")
         elif key == "eval_dataset_name" and any(name in channels for name in CHANNELS["dataset_name"]):
-            continue  # looked for beside the training rows
+            continue  # looked for in the channel of the training rows
         elif key == "resume_from" or FILE.search(value) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
             raise ValueError(f"{key} is {value}, which is no file or folder here and can be no hub id: correct it.")
     functions = [values.get(key) or [] for key in ("reward_functions", "eval_reward", "converter")]

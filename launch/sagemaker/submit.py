@@ -168,7 +168,7 @@ def command_of(job: JobSpec) -> str:
 
 
 def with_settings(hyperparameters: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """The hyperparameters, with those that settings stand for where they are not given."""
+    """The hyperparameters, and those that the settings imply where they are not given."""
     chosen = dict(hyperparameters)
     if settings.mlflow:
         chosen.setdefault("mlflow_uri", settings.mlflow)

@@ -310,7 +310,7 @@ def test_without_a_model_it_is_the_newest_checkpoint_or_an_error(tmp_path, capsy
     run = make_run(tmp_path / "r")
     name, _, _ = read_arguments(["--checkpoints_dir", str(tmp_path)])
     assert Path(name).is_relative_to(run / "checkpoints") and "newest checkpoint" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         read_arguments(["--checkpoints_dir", str(tmp_path / "none")])
     assert read_arguments(["--model_id", "a/b"])[0] is None
 
@@ -362,7 +362,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys):
         "model_id: there is no folder no/such/model": ["no/such/model", "--dataset_name", HELDOUT],
         "reward_functions names nothing": [QUICKSTART, "--dataset_name", HELDOUT, "--reward_functions", "nothing"],
         "generation_batch_size is 0": [QUICKSTART, "--generation_batch_size", "0"],
-        "neither a whole checkpoint nor a model": [str(tmp_path), "--dataset_name", HELDOUT],
+        "neither a complete checkpoint nor a model": [str(tmp_path), "--dataset_name", HELDOUT],
     }
     for message, words in cases.items():
         assert main([*words, *output]) == 2

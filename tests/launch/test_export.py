@@ -284,9 +284,9 @@ def test_what_cannot_be_exported_is_one_sentence(accelerator, tmp_path, base, ca
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
-    assert "there is no whole checkpoint under results" in error_of(capsys)
+    assert "there is no complete checkpoint under results" in error_of(capsys)
     assert "there is no folder nowhere" in error_of(capsys, "nowhere")
-    assert "neither a whole checkpoint nor a model folder" in error_of(capsys, tmp_path / "empty")
+    assert "neither a complete checkpoint nor a model folder" in error_of(capsys, tmp_path / "empty")
     assert "taken already holds files" in error_of(capsys, run, "--output", tmp_path / "taken")
     assert (tmp_path / "taken" / "file").read_text() == "mine"
     assert "no adapter: leave out no_merge" in error_of(capsys, run, "--no_merge")

@@ -327,12 +327,12 @@ def _warn_of_unadapted(policy: Any) -> None:
 
 
 def disable_bnb_eval_kernels(model: nn.Module) -> None:
-    """Make quantised layers compute the same in training and in evaluation mode, whatever came before.
+    """Make quantised layers compute the same in training and in evaluation mode.
 
-    4-bit: on CPUs with AVX512-BF16 the first forward in evaluation mode repacks the weights for good, and every later
-    training forward then runs through a kernel without autograd: wrong gradients below that layer, and no error.
+    4-bit: on CPUs with AVX512-BF16 the first forward in evaluation mode repacks the weights, and every later training
+    forward uses a kernel without autograd: wrong gradients below that layer, and no error.
     8-bit: on CPUs evaluation mode rounds activations to 8 bits and training mode does not, so a reference, a sampler
-    and the policy would disagree about the same weights (by 0.1 in the logits of a small model).
+    and the policy would differ with the same weights (by 0.1 in the logits of a small model).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

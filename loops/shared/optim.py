@@ -2,10 +2,9 @@
 
 Step numbers count optimizer steps from 0: `learning_rate_at(0, ...)` is the rate of the first update.
 
-Weights in bfloat16 (8 bits of mantissa) are rounded stochastically: an update below half a unit in the last place, as
-most are at a rate of 1e-5, would be lost each time it is rounded to nearest; so it is made with the probability that
-its expected value is the update in float32. The noise belongs to (seed, step, parameter, element): not to a rank, a
-shard, or a random state that a resumed run would have to find again.
+Weights in bfloat16 are rounded stochastically. Rounding to nearest loses every update below half a unit in the last
+place (most are, at a rate of 1e-5); rounded up with the right probability, the expected update is that in float32. The
+noise depends on (seed, step, parameter, element) alone, so ranks, shards and resumed runs round alike.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def _blocks(tensor: Tensor, elements: int = 1 << 24) -> list[tuple[slice, int]]:
 
 
 def rounding_key(*numbers: int | str) -> int:
-    """A 64-bit key out of what the noise belongs to."""
+    """A 64-bit key of the noise, from what it depends on."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little", signed=True)
 
 
@@ -300,7 +299,7 @@ def _bitsandbytes(
 
 
 def _update_rounded(optimizer: Any, group: dict[str, Any], parameter: nn.Parameter, *place: int) -> None:
-    """bitsandbytes' update of one parameter; one in bfloat16 is float32 while it lasts, then rounded stochastically."""
+    """bitsandbytes' update of one parameter; a bfloat16 one is updated in float32, then rounded stochastically."""
     if parameter.dtype != torch.bfloat16:
         return type(optimizer).update_step(optimizer, group, parameter, *place)
     narrow, gradient = parameter.data, parameter.grad
@@ -316,10 +315,10 @@ def _update_rounded(optimizer: Any, group: dict[str, Any], parameter: nn.Paramet
 
 
 def _torchao(groups: list[dict[str, Any]], config: OptimConfig, seed: int) -> torch.optim.Optimizer:
-    """torchao's AdamW; of a shard whose elements are not at least 4,096 and a multiple of 256 it keeps whole moments.
+    """torchao's AdamW. Shards below 4,096 elements, or not a multiple of 256, keep moments in full precision.
 
-    Its learning rate is a float32 tensor. torchao compiles the update once for each shape of a parameter, which costs
-    about half a minute and needs a C++ compiler on a CPU: there the same update runs as it is written.
+    Its learning rate is a float32 tensor. On a GPU it compiles the update once per shape, in about half a minute; on a
+    CPU, where that needs a C++ compiler, the update runs uncompiled.
     """
     from torchao.optim import AdamW8bit
 
@@ -337,7 +336,7 @@ def _torchao(groups: list[dict[str, Any]], config: OptimConfig, seed: int) -> to
 
 
 def _step_torchao(optimizer: Any, closure: Any = None) -> Any:
-    """torchao draws its rounding from the global generator: here from one that (seed, step) decides, for this step."""
+    """torchao's step, with its rounding drawn from (seed, step) instead of the global random state."""
     step = max((float(state["step"]) for state in optimizer.state.values()), default=0.0)
     device = _parameters(optimizer)[0][1].device
     with (
@@ -390,7 +389,7 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     """Two-norm over all elements of `gradients`, accumulated and returned in at least float32 (float64 stays).
 
     Sharded gradients (DTensor) give the norm over all shards, in one exchange, so every rank must call this. Plain
-    ones beside them, which every rank holds whole, count once.
+    gradients are the same on every rank and count once.
     """
     total: Tensor | None = None
     for part in _by_mesh(gradients):

@@ -1,7 +1,7 @@
-"""FSDP2: what a config or a launcher asks for, as an accelerate plugin; preparing models; checking what came out.
+"""FSDP2: settings read, an accelerator built from them, models prepared, and the shards checked.
 
-Shards are FSDP2's (`torch.distributed.fsdp.fully_shard`), made by accelerate: one unit per decoder layer, one for the
-embedding, one for final norm and head. Settings of FSDP1 are translated; what has no equivalent is named.
+accelerate makes the shards (`torch.distributed.fsdp.fully_shard`): one unit per decoder layer, one for the embedding,
+one for final norm and head. Settings of FSDP1 are translated; those without an equivalent are named.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Sharding:
     cpu_offload: bool = False
     """Keep shards, gradients and optimizer state in host memory, and run the optimizer there."""
     cpu_ram_efficient_loading: bool = False
-    """Send every process its shards of the first one's weights, so that one of a machine need read them (transformers
-    5.17 reads on that one alone, 5.23 on all)."""
+    """Send every process its shards of the first process's weights; transformers 5.17 then reads on one process per
+    machine alone, 5.23 on all."""
     forward_prefetch: bool = False
     """Gather the next layer while this one computes, by an explicit order (backward always does: BACKWARD_PRE)."""
     activation_checkpointing: bool = False
@@ -214,8 +214,8 @@ def build_accelerator(
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision=precision, fsdp_plugin=plugin, parallelism_config=grid, kwargs_handlers=[group]
     )
-    # FSDP2 computes in its policy's dtype by itself; autocast around some forwards and not others would tell a
-    # reference from the policy that it is a copy of.
+    # FSDP2 computes in its policy's dtype by itself; autocast around some forwards and not others would make a
+    # reference differ from the policy that it is a copy of.
     accelerator.native_amp = False
     return accelerator
 

@@ -275,9 +275,8 @@ def _cell(entry: Any) -> str:
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor, torch.dtype | None]]:
     """(plain name, owner, tensor, dtype to round to) of all that a checkpoint holds.
 
-    A LoRA layer owns the weight it adapts; one around another (two weights of fused experts) only its own. A dtype of
-    None keeps the tensor's own; only modules that were saved whole have another one, since they are trained in float32
-    whatever the base has.
+    A LoRA layer owns the weight it adapts; around another LoRA layer (fused experts have two weights) only its own. A
+    dtype of None keeps the tensor's; only `modules_to_save` have another, since they are trained in float32.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -304,7 +303,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tens
 
 def _plain(owner: nn.Module, tensor: Tensor) -> Tensor:
     """A whole tensor of ordinary numbers: gathered, and dequantised when bitsandbytes holds it."""
-    # Read before gathering: a gathered tensor has lost what bitsandbytes hung onto the parameter.
+    # Read before gathering: a gathered tensor lacks what bitsandbytes attached to the parameter.
     quant_state = getattr(owner, "quant_state", None) or getattr(tensor, "quant_state", None)
     is_8bit = type(tensor).__name__ == "Int8Params"
     whole = _whole(tensor)

@@ -409,10 +409,10 @@ def test_an_error_in_a_step_ends_the_rollout_under_way(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "group_advantages", breaks)
     with pytest.raises(KeyError, match="second step"), one_sentence_errors("loops/grpo.py"):
         run(tmp_path / "run", *options, "--async_level", "1", "--max_steps", "5")
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "rollout"] or [None]
-    if thread is not None:
-        thread.join(30)
-        assert not thread.is_alive()
+    for thread in threading.enumerate():
+        if thread.name == "rollout":
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def test_a_servers_groups_are_handed_over_in_the_callers_thread(monkeypatch):

@@ -96,82 +96,69 @@ class PackedBatch:
         return input_ids, attention_mask, self.row_offsets[self.rows] + self.columns - 1
 
 
-class _Builder:
-    """Collects segments and rows; `batch` makes the tensors."""
+Node = tuple[Sequence[int], Sequence[int] | None, int]  # (ids, which of them are targets, number of the parent or -1)
 
-    def __init__(self) -> None:
-        self.ids: list[Sequence[int]] = []  # per segment, as `flags`, `firsts` and `lasts`
-        self.flags: list[Sequence[int]] = []
-        self.firsts: list[int] = []  # position of its first token
-        self.lasts: list[int] = []  # flat index of the last token of the path that it ends, -1 for no token
-        self.segments: list[Segment] = []
-        self.row_segments: list[int] = []
-        self.row_offsets: list[int] = []
-        self.num_tokens = 0
 
-    def segment(self, ids: Sequence[int], is_target: Sequence[int] | None = None, prefix: int = -1) -> int:
-        """Append a segment, without targets where `is_target` is None; returns its number."""
-        self.ids.append(ids)
-        self.flags.append(bytes(len(ids)) if is_target is None else is_target)
-        self.firsts.append(self.firsts[prefix] + self.segments[prefix].length if prefix >= 0 else 0)
-        self.segments.append(Segment(self.num_tokens, len(ids), prefix))
-        self.num_tokens += len(ids)
-        self.lasts.append(self.num_tokens - 1 if len(ids) else self.lasts[prefix] if prefix >= 0 else -1)
-        return len(self.segments) - 1
+def _pack(nodes: Sequence[Node], rows: Sequence[tuple[int, int]], numbers: Iterable[int] = ()) -> PackedBatch:
+    """One segment per node, a parent before its children; one row per (node that ends it, tokens before column 0).
 
-    def row(self, segment: int, offset: int) -> None:
-        """End a row with `segment`; its column 0 is the row's token `offset`."""
-        self.row_segments.append(segment)
-        self.row_offsets.append(offset)
+    A flagged token that nothing precedes has no predictor and is no target.
+    """
+    segments: list[Segment] = []
+    firsts: list[int] = []  # position of a segment's first token
+    lasts: list[int] = []  # flat index of the last token of the path that a segment ends, -1 for no token
+    num_tokens = 0
+    for ids, _, parent in nodes:
+        firsts.append(firsts[parent] + segments[parent].length if parent >= 0 else 0)
+        segments.append(Segment(num_tokens, len(ids), parent))
+        num_tokens += len(ids)
+        lasts.append(num_tokens - 1 if len(ids) else lasts[parent] if parent >= 0 else -1)
 
-    def batch(self, numbers: Iterable[int] = ()) -> PackedBatch:
-        """The batch; a flagged token that nothing precedes has no predictor and is no target."""
-        starts, lengths, prefixes = torch.tensor(self.segments, dtype=torch.long).unbind(1)
-        firsts, lasts = torch.tensor(self.firsts), torch.tensor([*self.lasts, -1])  # lasts[-1]: of no prefix
-        flat = torch.arange(self.num_tokens)
-        position_ids = flat - (starts - firsts).repeat_interleave(lengths)
-        previous = flat - 1
-        filled = lengths > 0
-        previous[starts[filled]] = lasts[prefixes[filled]]
+    starts, lengths, prefixes = torch.tensor(segments, dtype=torch.long).unbind(1)
+    flat = torch.arange(num_tokens)
+    position_ids = flat - (starts - torch.tensor(firsts)).repeat_interleave(lengths)
+    filled = lengths > 0
+    previous = flat - 1  # of each token in its path
+    previous[starts[filled]] = torch.tensor([*lasts, -1])[prefixes[filled]]  # prefix -1: the -1 at the end
 
-        input_ids = _to_tensor(self.ids, "i").long()
-        is_target = _to_tensor(self.flags, "b").bool() & (previous >= 0)
-        targets = is_target.nonzero()[:, 0]  # [K] flat indices
-        before = torch.cat([targets.new_zeros(1), is_target.cumsum(0)])  # targets before each token
-        first_targets, end_targets = before[starts].tolist(), before[starts + lengths].tolist()
+    input_ids = _to_tensor([ids for ids, _, _ in nodes], "i").long()
+    flags = [bytes(len(ids)) if is_target is None else is_target for ids, is_target, _ in nodes]
+    is_target = _to_tensor(flags, "b").bool() & (previous >= 0)
+    targets = is_target.nonzero()[:, 0]  # [K] flat indices
+    before = torch.cat([targets.new_zeros(1), is_target.cumsum(0)])  # targets before each token
+    first_targets, end_targets = before[starts].tolist(), before[starts + lengths].tolist()
 
-        runs: list[tuple[int, int, int]] = []  # (row, first target, number of targets) along each row's path
-        for row, segment in enumerate(self.row_segments):
-            path = []
-            while segment >= 0:
-                path.append((row, first_targets[segment], end_targets[segment] - first_targets[segment]))
-                segment = self.segments[segment].prefix
-            runs += reversed(path)
-        run_rows, run_firsts, run_lengths = torch.tensor(runs, dtype=torch.long).view(-1, 3).unbind(1)
-        skipped = run_firsts - (run_lengths.cumsum(0) - run_lengths)
-        sources = torch.arange(int(run_lengths.sum())) + skipped.repeat_interleave(run_lengths)
-        rows = run_rows.repeat_interleave(run_lengths)
-        row_offsets = torch.tensor(self.row_offsets, dtype=torch.long)
-        columns = position_ids[targets[sources]] - row_offsets[rows]
+    runs: list[tuple[int, int, int]] = []  # (row, first target, number of targets) along each row's path
+    for row, (node, _) in enumerate(rows):
+        path = []
+        while node >= 0:
+            path.append((row, first_targets[node], end_targets[node] - first_targets[node]))
+            node = segments[node].prefix
+        runs += reversed(path)
+    run_rows, run_firsts, run_lengths = torch.tensor(runs, dtype=torch.long).view(-1, 3).unbind(1)
+    skipped = run_firsts - (run_lengths.cumsum(0) - run_lengths)
+    sources = torch.arange(int(run_lengths.sum())) + skipped.repeat_interleave(run_lengths)
+    entry_rows = run_rows.repeat_interleave(run_lengths)
+    row_offsets = torch.tensor([offset for _, offset in rows], dtype=torch.long)
+    columns = position_ids[targets[sources]] - row_offsets[entry_rows]
 
-        ends = [self.firsts[segment] + self.segments[segment].length for segment in self.row_segments]
-        width = max((end - offset for end, offset in zip(ends, self.row_offsets, strict=True)), default=0)
-        mask = torch.zeros(len(ends), width, dtype=torch.bool)
-        mask[rows, columns] = True
-        return PackedBatch(
-            input_ids=input_ids[None],
-            position_ids=position_ids[None],
-            segments=tuple(self.segments),
-            row_segments=tuple(self.row_segments),
-            row_offsets=row_offsets,
-            predictors=previous[targets],
-            targets=input_ids[targets],
-            sources=sources,
-            rows=rows,
-            columns=columns,
-            mask=mask,
-            numbers=tuple(dict.fromkeys(numbers)),
-        )
+    width = max((firsts[node] + segments[node].length - offset for node, offset in rows), default=0)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    mask[entry_rows, columns] = True
+    return PackedBatch(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        segments=tuple(segments),
+        row_segments=tuple(node for node, _ in rows),
+        row_offsets=row_offsets,
+        predictors=previous[targets],
+        targets=input_ids[targets],
+        sources=sources,
+        rows=entry_rows,
+        columns=columns,
+        mask=mask,
+        numbers=tuple(dict.fromkeys(numbers)),
+    )
 
 
 def _to_tensor(pieces: Sequence[Sequence[int]], typecode: str) -> torch.Tensor:
@@ -185,12 +172,9 @@ def _to_tensor(pieces: Sequence[Sequence[int]], typecode: str) -> torch.Tensor:
 
 def pack_examples(examples: Sequence[Example]) -> PackedBatch:
     """SFT sequences, one segment and one row each; column t is token t (token 0 has no predictor, so no target)."""
-    if not examples:
-        return empty_batch()
-    builder = _Builder()
-    for example in examples:
-        builder.row(builder.segment(example.input_ids, example.is_target), offset=0)
-    return builder.batch(example.number for example in examples)
+    nodes = [(example.input_ids, example.is_target, -1) for example in examples]
+    rows = [(node, 0) for node in range(len(nodes))]
+    return _pack(nodes, rows, [example.number for example in examples]) if nodes else empty_batch()
 
 
 def pack_groups(
@@ -203,15 +187,16 @@ def pack_groups(
     is_target: one flag per token of each completion, False for context (tool output) and for rows that are left out of
     the loss; without it every token is a target. Prompts need a token.
     """
-    if not groups:
-        return empty_batch()
-    builder = _Builder()
+    nodes: list[Node] = []
+    rows: list[tuple[int, int]] = []
     for prompt_ids, completions in groups:
-        prompt = builder.segment(prompt_ids)
+        prompt = len(nodes)
+        nodes.append((prompt_ids, None, -1))
         for ids in completions:
-            flags: Sequence[int] = b"\1" * len(ids) if is_target is None else is_target[len(builder.row_segments)]
-            builder.row(builder.segment(ids, flags, prompt), offset=len(prompt_ids))
-    return builder.batch(numbers)
+            flags = b"\1" * len(ids) if is_target is None else is_target[len(rows)]
+            rows.append((len(nodes), len(prompt_ids)))
+            nodes.append((ids, flags, prompt))
+    return _pack(nodes, rows, numbers) if nodes else empty_batch()
 
 
 def pack_completions(
@@ -235,24 +220,20 @@ def pack_completions(
 def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
     """Preference pairs; rows 2p and 2p+1 are the chosen and the rejected completion of pair p, column t is token t of a
     completion. The prompt and what both completions begin with are one segment, and its targets count in both rows."""
-    if not pairs:
-        return empty_batch()
-    builder = _Builder()
+    nodes: list[Node] = []
+    rows: list[tuple[int, int]] = []
     for pair in pairs:
-        shared, offset = pair.num_shared, len(pair.prompt_ids)
+        shared, offset, begin = pair.num_shared, len(pair.prompt_ids), len(nodes)
         completions = pair.completions()
         (ids, is_target), _ = completions
-        begin = builder.segment([*pair.prompt_ids, *ids[:shared]], [*bytes(offset), *is_target[:shared]])
+        nodes.append(([*pair.prompt_ids, *ids[:shared]], [*bytes(offset), *is_target[:shared]], -1))
         for ids, is_target in completions:
-            builder.row(builder.segment(ids[shared:], is_target[shared:], begin), offset)
-    return builder.batch(pair.number for pair in pairs)
+            rows.append((len(nodes), offset))
+            nodes.append((ids[shared:], is_target[shared:], begin))
+    return _pack(nodes, rows, [pair.number for pair in pairs]) if nodes else empty_batch()
 
 
-def pack_tree(
-    nodes: Sequence[tuple[Sequence[int], Sequence[bool], int]],
-    ends: Sequence[int] | None = None,
-    numbers: Iterable[int] = (),
-) -> PackedBatch:
+def pack_tree(nodes: Sequence[Node], ends: Sequence[int] | None = None, numbers: Iterable[int] = ()) -> PackedBatch:
     """Trees of segments, such as rollouts that share their first turns: one row per path from a root to a node.
 
     nodes: (ids, is_target, parent), a parent before its children, -1 for a root; a target counts in every row that
@@ -260,15 +241,13 @@ def pack_tree(
     first token after its root, so a root (a prompt) has no targets.
     """
     parents = {parent for _, _, parent in nodes}
-    builder = _Builder()
     roots: list[int] = []
-    for node, (ids, is_target, parent) in enumerate(nodes):
+    for node, (_, _, parent) in enumerate(nodes):
         roots.append(roots[parent] if parent >= 0 else node)
-        builder.segment(ids, is_target if parent >= 0 else None, parent)
-    for node in range(len(nodes)) if ends is None else ends:
-        if ends is not None or node not in parents:
-            builder.row(node, offset=len(nodes[roots[node]][0]))
-    return builder.batch(numbers) if nodes else empty_batch()
+    leaves = [node for node in range(len(nodes)) if node not in parents]
+    rows = [(node, len(nodes[roots[node]][0])) for node in (leaves if ends is None else ends)]
+    nodes = [(ids, is_target if parent >= 0 else None, parent) for ids, is_target, parent in nodes]
+    return _pack(nodes, rows, numbers) if nodes else empty_batch()
 
 
 def pack_check(rows: Sequence[Sequence[int]], longest: int) -> PackedBatch:
@@ -285,6 +264,4 @@ def pack_check(rows: Sequence[Sequence[int]], longest: int) -> PackedBatch:
 
 def empty_batch() -> PackedBatch:
     """One token, no rows, no targets: what a process runs that has nothing to do, so that all run the same forwards."""
-    builder = _Builder()
-    builder.segment([0])
-    return builder.batch()
+    return _pack([([0], None, -1)], [])

@@ -91,7 +91,7 @@ _SPELLINGS = (
     (re.compile(r"-\$ ?|- \$"), "-$"),
 )
 _FUNCTION = r"\\(?:[cdt]?frac|sqrt|log|ln|exp|binom|pm|overline|dot|bar)"
-# What makes a number a part of something longer: before it, after it, and before the braces that it stands in.
+# What makes a number a part of something longer: text before it, after it, and before the braces around it.
 _JOINED_BEFORE = re.compile(
     r"[/\u2044^\u221a\u00b1] ?$|[0-9][,.:'\u2019_]$|[A-Za-z_]-?$|[0-9]-[0-9]{1,2}-$|(?<![0-9])[0-9]{1,3} $"
     rf"|{_FUNCTION}(?: ?[0-9])? ?$|[A-Za-z0-9_.]\( ?$|\b(?:sqrt|log|ln|exp) $|\+/- ?$|[<\u2264\u2265] ?$|\\[lg]eq? ?$"
@@ -137,10 +137,10 @@ def _last_number(text: str) -> Decimal | None:
     if _JOINED_AFTER.match(after) or _is_letter(after[:1]) or _is_letter(before[-1:]):
         return None
     depth = 0
-    for place in range(start - 1, -1, -1):
-        depth += {"}": 1, "{": -1}.get(text[place], 0)
+    for index in range(start - 1, -1, -1):
+        depth += {"}": 1, "{": -1}.get(text[index], 0)
         if depth < 0:
-            return None if _JOINED_BRACES.search(text[max(0, place - 10) : place]) else parse_number(match[0])
+            return None if _JOINED_BRACES.search(text[max(0, index - 10) : index]) else parse_number(match[0])
     return parse_number(match[0])
 
 

@@ -19,7 +19,7 @@ class BatchConfig:
     """How many rows one optimizer step takes and how they are cut into micro-batches.
 
     A row is a sequence (SFT), a pair (DPO) or a completion (GRPO). The step's rows never depend on how they are cut,
-    unless they are drawn in bins (`packing_strategy`).
+    unless steps draw bins of rows (`packing_strategy`).
     """
 
     per_device_train_batch_size: int = 8
@@ -30,14 +30,14 @@ class BatchConfig:
     """Rows of one optimizer step over all processes; 0 means: per_device_train_batch_size x
     gradient_accumulation_steps x processes."""
     max_tokens_per_batch: int = 0
-    """Cut micro-batches by this many tokens (a longer row stands alone) and not by per_device_...; 0 is off."""
+    """Tokens of one micro-batch, instead of per_device_train_batch_size (a longer row is one by itself); 0: off."""
     packing: bool = True
     """Flat batches without padding, shared prompts computed once; false: the plain padded forward."""
     packing_strategy: str = "step"
-    """`step`: rows are drawn by seed, and fill micro-batches within their step. `best_fit`, `bfd` (SFT): all rows are
-    put once into bins of max_tokens_per_batch, in an order drawn by seed or longest first; bins are drawn, and each is
-    one micro-batch, so per_device_train_batch_size means nothing and train_batch_size counts bins. `bfd` needs a
-    few bins less, but rows of like length meet in them, so steps of few bins are lopsided."""
+    """`step`: each step draws rows and packs them into its micro-batches. `best_fit`, `bfd` (SFT): before training all
+    rows are put into bins of max_tokens_per_batch (best_fit: in random order; bfd: longest first). Steps draw bins, a
+    bin is one micro-batch, train_batch_size counts bins and per_device_train_batch_size has no effect. `bfd` needs
+    slightly fewer bins, but puts rows of similar length together, so small steps vary more."""
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -64,7 +64,7 @@ class BatchConfig:
     def rows_per_step(self, num_processes: int) -> int:
         """Rows (or bins) of one optimizer step over all processes.
 
-        Raises ValueError where bins cannot be shared equally, so that some process would always run an empty batch.
+        Raises ValueError where the bins of a step cannot be divided equally among the processes.
         """
         if self.in_bins and self.train_batch_size % num_processes:
             raise ValueError(
@@ -75,7 +75,7 @@ class BatchConfig:
         return self.train_batch_size or per_batch * self.gradient_accumulation_steps * num_processes
 
     def refuse_bins(self) -> None:
-        """Raise ValueError where bins are asked for, in loops whose rows are more than one sequence."""
+        """Raise ValueError for bins; DPO and GRPO call it, since their rows are more than one sequence."""
         if self.in_bins:
             strategy = self.packing_strategy
             raise ValueError(f"packing_strategy: {strategy} is for SFT, whose rows are single sequences; give step.")
@@ -86,8 +86,8 @@ def cut_microbatches(
 ) -> list[range]:
     """Consecutive runs of rows: at most `max_rows` each, or, when `max_tokens` > 0, at most that many tokens.
 
-    prompts: what each row continues, counted once where neighbours of a run have the very same prompt object. A row
-    longer than `max_tokens` stands alone. Rows keep their order, so the cut never decides which rows a step has.
+    prompts: the prompt of each row, counted once for neighbours in a run with the same prompt object. A row longer than
+    `max_tokens` is a run by itself. Rows keep their order.
     """
     cuts, begin, tokens = [], 0, 0
     for i, length in enumerate(lengths):
@@ -105,22 +105,22 @@ def cut_microbatches(
 
 
 def best_fit(lengths: Sequence[int], max_tokens: int, order: Iterable[int] | None = None) -> list[list[int]]:
-    """Rows in few bins of `max_tokens`: each goes into the fullest bin that still has room (the first of them), or
-    opens one. A longer row stands alone. A million rows take seconds: bins with the same room wait together, so what
-    is searched has at most `max_tokens` entries.
+    """Best-fit bin packing: each row goes into the fullest bin that has room (the first of them), or into a new bin.
 
-    order: in which rows come; default: longest first, best-fit decreasing.
+    A row longer than `max_tokens` gets a bin for itself. Bins with equal room are kept together, so a search looks at
+    `max_tokens` entries or fewer: a million rows take seconds. order: of the rows; default: longest first (best-fit
+    decreasing).
     """
     bins: list[list[int]] = []
     waiting: dict[int, list[int]] = defaultdict(list)  # free tokens -> heap of bins
     rooms: list[int] = []  # free tokens for which a bin waits, ascending
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True) if order is None else order:
-        place = bisect.bisect_left(rooms, lengths[row])
-        if place < len(rooms):
-            free = rooms[place]
+        index = bisect.bisect_left(rooms, lengths[row])
+        if index < len(rooms):
+            free = rooms[index]
             number = heapq.heappop(waiting[free])
             if not waiting[free]:
-                del rooms[place]
+                del rooms[index]
         else:
             free, number = max_tokens, len(bins)
             bins.append([])
@@ -134,10 +134,10 @@ def best_fit(lengths: Sequence[int], max_tokens: int, order: Iterable[int] | Non
 
 
 def build_bins(examples: Sequence[Example], config: BatchConfig, *, seed: int) -> tuple[list[list[Example]], str]:
-    """The bins that steps draw, and in a few words how they came about; for `step`, every example alone.
+    """The bins that steps draw, and a description for the log; for `step` each example is a bin.
 
-    Two bins never fit into one micro-batch, or the second had not been opened; so `cut_step`, given bins in the place
-    of rows, keeps each of them whole and alone.
+    Two bins together never fit into `max_tokens_per_batch`, or best-fit would not have opened the second. So
+    `cut_step`, given the bins' lengths, makes each bin one micro-batch.
     """
     if not config.in_bins:
         return [[example] for example in examples], config.packing_strategy
@@ -186,16 +186,16 @@ def _most_bins(lengths: Sequence[int], shares: torch.Tensor, max_tokens: int) ->
 def rows_of_step(step: int, *, num_rows: int, rows_per_step: int, seed: int) -> list[int]:
     """Row numbers of optimizer step `step` (from 0), the same on every process and after every resume.
 
-    Each epoch is one permutation, drawn from (seed, epoch); its last step takes the rows that are left, be they fewer
-    than `rows_per_step`, so every row is seen once an epoch. Nothing is stored: the position in the data is the step.
+    Each epoch is one permutation, drawn from (seed, epoch). Its last step takes the remaining rows, which may be fewer
+    than `rows_per_step`, so every row is seen once per epoch. No state is saved: the step is the position in the data.
     """
     per_epoch = steps_per_epoch(num_rows, rows_per_step)
-    epoch, place = divmod(step, per_epoch)
+    epoch, index = divmod(step, per_epoch)
     order = _permutation(num_rows, seed * 1_000_003 + epoch)
-    return order[place * rows_per_step : (place + 1) * rows_per_step].tolist()
+    return order[index * rows_per_step : (index + 1) * rows_per_step].tolist()
 
 
-@lru_cache(maxsize=2)  # the epoch's, and the next one's where sampling runs ahead
+@lru_cache(maxsize=2)  # this epoch's, and the next epoch's where rollouts are prefetched
 def _permutation(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 

@@ -1,8 +1,8 @@
-"""Rows to token ids and targets: the only place that knows chat templates.
+"""Rows to token ids and targets.
 
-A row becomes one text, the text is tokenised once, and what is trained on is a set of character spans of that text; a
-token is a target when any of its characters lies in a span. So a mask never depends on what a token is, only on where
-it stands, and a token that straddles the end of the prompt belongs to the completion.
+A row becomes one text, and the text is tokenised once. The trained part is a set of character spans of that text; a
+token is a target when any of its characters is in a span. So a mask depends on a token's position, never on its id, and
+a token across the end of the prompt belongs to the completion.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference pair: its prompt and two whole completions, which may begin alike. Flags say as in `Example` which
-    tokens of a completion are scored; none at all: every token."""
+    """One preference pair: its prompt and its two completions, which may share a beginning. Flags mark the scored
+    tokens of a completion as in `Example`; an empty list: every token."""
 
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
@@ -79,7 +79,7 @@ class Pair:
     number: int = 0  # of the row in its data, from 1
     chosen_is_target: Sequence[int] = field(default_factory=list)
     rejected_is_target: Sequence[int] = field(default_factory=list)
-    num_shared: int = field(init=False)  # tokens that both begin with and score alike; each keeps one of its own
+    num_shared: int = field(init=False)  # tokens in common at their beginning, ids and flags; both keep one more
 
     def __post_init__(self) -> None:
         tokens = [zip(*completion, strict=True) for completion in self.completions()]
@@ -127,7 +127,7 @@ class EncodeReport:
     """What the chat template left out of the rows, by kind."""
     max_seq_length: int = 0
     notes: list[str] = field(default_factory=list)
-    """What reading the rows found: their files, and what was parsed, left out or met twice."""
+    """Of `data.files.Rows`: the files, and what was parsed, left out or found twice."""
     stop_tokens: set[str] = field(default_factory=set)
     """The tokens at which the rows' completions end: of conversations the chat template's."""
 
@@ -158,14 +158,14 @@ def encode_rows(
 ) -> tuple[list[Encoded], EncodeReport]:
     """All rows through `encode_example`, `encode_pair` or `encode_prompt`; `what` names them ("train rows").
 
-    Raises ValueError: a row cannot be used (its number, counting from 1, stands in front), or no row was kept.
+    Raises ValueError: a row cannot be used (the message begins with its number, counting from 1), or no row was kept.
     """
     notes = list(getattr(rows, "notes", ()))  # of data/files.py's Rows
     report = EncodeReport(what=what, rows=len(rows), max_seq_length=config.max_seq_length, notes=notes)
     kept: list[Encoded] = []
     bad: dict[int, Exception] = {}
     for number, row in enumerate(rows, start=1):
-        if bad and (len(bad) == 10 or number > min(bad) + 1000):  # enough to mend the file; the rest may take long
+        if bad and (len(bad) == 10 or number > min(bad) + 1000):  # enough to correct the file
             break
         try:
             encoded = encode_fn(row, tokenizer, config, report)
@@ -260,9 +260,9 @@ def encode_pair(
 ) -> Pair | None:
     """A preference row (`chosen`, `rejected`, and `prompt` unless both contain it) as tokens; None drops it.
 
-    Both sequences are tokenised whole. The prompt is the column's; without one it is the messages that both
-    conversations begin with, or the tokens that both texts begin with. What the completions begin with is theirs. Of
-    conversations the assistant turns are scored, up to and including their stop tokens.
+    Prompt and completion are tokenised together. The prompt is the column's; without that column it is the messages
+    (or, of texts, the tokens) that both sides begin with. A beginning that both completions share belongs to both. In
+    conversations the assistant turns are scored, each with its stop token.
     """
     report = report or EncodeReport()
     if row.get("chosen") is None or row.get("rejected") is None:
@@ -410,10 +410,10 @@ def _encode_conversation(
 
 
 def _tokenise(text: str, spans: list[Span], tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[bool]]:
-    """Ids, and for each whether any of its characters lies in a span (spans in ascending order).
+    """Ids, and for each whether any of its characters is in a span (spans in ascending order).
 
-    `special` lets the tokenizer put its own special tokens in front, unless the text starts with one already: a
-    beginning-of-sequence token stands exactly once. One that it adds at the end is left to the caller.
+    special: the tokenizer adds its own special tokens in front, unless the text begins with one, so there is exactly
+    one beginning-of-sequence token. A stop token that it adds at the end is removed: the caller adds it.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -463,8 +463,8 @@ def _as_messages(value: Any, role: str, key: str) -> list[Message]:
 def _join(prompt: Any, reply: Any, name: str) -> tuple[list[Message], list[Message]]:
     """The messages of `prompt` and those that column `name` adds to them.
 
-    A reply may begin with the prompt, or with its last turns (UltraFeedback's chosen and rejected are whole
-    conversations): what both say is taken once. A system message may stand in either.
+    A reply may repeat the prompt, or its last turns (UltraFeedback's chosen and rejected are complete conversations):
+    repeated messages are taken once. A system message may be in either.
     """
     context, reply = _as_messages(prompt, "user", "prompt"), _as_messages(reply, "assistant", name)
     if reply[0]["role"] in SYSTEM_ROLES:
@@ -489,7 +489,7 @@ def _join(prompt: Any, reply: Any, name: str) -> tuple[list[Message], list[Messa
 
 
 def _continued(context: list[Message], reply: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A reply that the prompt has begun as one turn; what the prompt has of it stands in its key `begun`."""
+    """A reply that the prompt has begun as one turn; the prompt's part is kept under the key `begun`."""
     if not _is_begun(context) or reply[0]["role"] != "assistant":
         return context, reply
     begun = context[-1]["content"]
@@ -502,7 +502,7 @@ def _is_begun(context: list[Message]) -> bool:
 
 
 def _same(left: list[Message], right: list[Message]) -> bool:
-    """Whether two lists of messages say the same; blanks at the ends of their contents do not count."""
+    """Whether two lists of messages are equal, white space at the ends of contents aside."""
     said = [[(m["role"], m["content"].strip(), m.get("tool_calls")) for m in messages] for messages in (left, right)]
     return said[0] == said[1]
 
@@ -520,7 +520,7 @@ def _pair_messages(prompt: Any, chosen: Any, rejected: Any) -> list[tuple[list[M
 
 
 def _asks_nothing(context: list[Message], reply: list[Message]) -> bool:
-    """Whether the question of a pair stands in its completion, so that the other completion may answer another one."""
+    """Whether the question is part of the completion, so that the two completions may answer different questions."""
     return not context or (reply[0]["role"] == "user" and all(message["role"] in SYSTEM_ROLES for message in context))
 
 

@@ -27,7 +27,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 DATASETS_READERS = {".parquet": "parquet", ".arrow": "arrow"}  # suffix -> reader of `datasets`
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstd"}  # suffix -> module, or codec of Arrow
 SUFFIXES = (*JSON_LINES, ".json", *DELIMITERS, *DATASETS_READERS)
-# Rows that nothing here reads; and files beside rows that hold none.
+# Formats that are not read; and files in data folders that hold no rows.
 UNREAD = (
     *(".7z", ".avro", ".feather", ".lz4", ".npy", ".npz", ".orc", ".pickle", ".pkl", ".rar", ".tar", ".tgz"),
     *(".xls", ".xlsx", ".zip", *COMPRESSED),
@@ -49,7 +49,7 @@ ROLES = {  # names of speakers -> chat roles
 
 
 class Rows(list[Row]):
-    """Rows, and what the run says of them: the files they are from, what was left out, parsed or met twice."""
+    """Rows with notes for the log: the files they are from; what was left out, parsed or found twice."""
 
     def __init__(self, rows: Iterable[Row] = (), notes: Iterable[str] = ()) -> None:
         super().__init__(rows)
@@ -79,7 +79,7 @@ def read_rows(name: str, split: str, subset: str | None, *, key: str) -> Rows:
                     " train[:500] or train[10%:20%]."
                 )
             read = _read_folder(path, found[1], key) if path.is_dir() else Rows(_read_file(path, found[1], key))
-            bounds = [_place(bound, len(read), part, name) for bound in (found[2], found[3])]
+            bounds = [_bound(bound, len(read), part, name) for bound in (found[2], found[3])]
             rows += read[slice(*bounds)]
             rows.notes += [note for note in read.notes or [f"read from {name}"] if note not in rows.notes]
     if not rows:
@@ -90,13 +90,13 @@ def read_rows(name: str, split: str, subset: str | None, *, key: str) -> Rows:
 _SPLIT = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
-def _place(bound: str | None, count: int, part: str, name: str) -> int | None:
+def _bound(bound: str | None, count: int, part: str, name: str) -> int | None:
     if not bound:
         return None
-    place = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
-    if abs(place) > count:
+    index = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+    if abs(index) > count:
         raise ValueError(f"the split {part} reaches past the {count} rows of {name}; give a slice within them.")
-    return place
+    return index
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -137,7 +137,7 @@ def _read_file(path: Path, split: str, key: str, *, chosen: bool = False) -> lis
     try:
         found = load_dataset(DATASETS_READERS[suffix], data_files=glob.escape(str(path)), split="train")
         return [_without_filled(row) for row in found]
-    except Exception as error:  # every reader of `datasets` has its own exceptions
+    except Exception as error:  # readers of `datasets` raise many types
         raise ValueError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}.") from error
 
 
@@ -152,7 +152,7 @@ def _read_text(path: Path) -> str:
         else:
             with importlib.import_module(COMPRESSED[packed]).open(path) if packed else path.open("rb") as file:
                 content = file.read()
-    except Exception as error:  # every kind of compression has its own exceptions
+    except Exception as error:  # each compression raises other types
         raise ValueError(f"{path} cannot be read: {first_line(error)}.") from error
     try:
         return content.decode("utf-8-sig")
@@ -250,7 +250,7 @@ def _read_json(path: Path, split: str, key: str) -> tuple[list[Row], bool]:
                 raise ValueError(f"{key} names {path}, which has no split {split}; it has {', '.join(lists)}.")
             return lists[name], _split_name(name) == _split_name(split)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise ValueError(f"{path} must hold a list of JSON objects, one a row.")
+        raise ValueError(f"{path} must hold a list of JSON objects, one per row.")
     return content, False
 
 
@@ -275,8 +275,8 @@ def role_of(speaker: str) -> str | None:
 def _find_split(found: list[str], split: str, own: str = "") -> str | None:
     """The one of `found` that is `split`: of this name, of a name of the same meaning, or the only one.
 
-    The only one may not be of another split, unless the folder's own name (`own`) says `split`; but `validation` will
-    do for `test`, which is the default.
+    The only one may not name another split, unless the folder's name (`own`) is `split`; `validation` is accepted for
+    `test`, which is the default.
     """
     wanted = _split_name(split)
     named = [name for name in found if name == split] or [name for name in found if _split_name(name) == wanted]
@@ -311,7 +311,7 @@ def _drop_none(value: Any) -> Any:
 
 
 def _read_folder(folder: Path, split: str, key: str) -> Rows:
-    """The rows of the files of a split, from subfolders of any depth too; names of what was read are its note."""
+    """The rows of a split's files, from subfolders of any depth too; the note names the files."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         from datasets import DatasetDict, disable_progress_bars, load_from_disk
 
@@ -345,7 +345,7 @@ def _read_folder(folder: Path, split: str, key: str) -> Rows:
             f" (such as {split}.jsonl); it has {found or 'no .jsonl, .json, .parquet or .csv file'}."
         )
     chosen, rest = splits[name], splits.get("", []) if name else []
-    # train.jsonl beside preferences_train.jsonl is the training split; the other is a data set of its own.
+    # Of train.jsonl and preferences_train.jsonl the first is the training split; the second is another data set.
     top = [path for path in chosen if path.parent == folder]
     others = [path for path in top if _split_name(re.split(r"[-_. ]", path.name)[0]) != wanted]
     if len(others) < len(top):
@@ -369,10 +369,10 @@ def _read_folder(folder: Path, split: str, key: str) -> Rows:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Files that may hold rows, of all depths, in order; hidden and unfinished ones (.cache, _temporary) do not."""
+    """Files that may hold rows, of all depths, in order, without hidden and unfinished ones (.cache, _temporary)."""
     files: list[Path] = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        inside = os.path.realpath(place)  # a link to a folder around itself would never end
+        inside = os.path.realpath(place)  # a link to a parent folder would never end
         around = {inside, *map(str, Path(inside).parents)}
         folders[:] = [
             name
@@ -409,7 +409,7 @@ def _read_hub(name: str, split: str, subset: str | None, key: str) -> list[Row]:
         disable_progress_bars()
     try:
         return [_without_filled(row) for row in load_dataset(name, subset, split=split)]
-    except Exception as error:  # network, missing repository, gated, unknown split: the hub's own words say which
+    except Exception as error:  # network, missing repository, gated, unknown split
         raise ValueError(
             f"{key} names {name}, which is no file or folder here and was not read from the hub"
             f" (split {split}): {first_line(error)}."
@@ -417,7 +417,7 @@ def _read_hub(name: str, split: str, subset: str | None, key: str) -> list[Row]:
 
 
 def first_line(error: BaseException) -> str:
-    while type(error).__name__ == "DatasetGenerationError" and error.__cause__:  # its cover says nothing
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__:  # the outer error has no cause in it
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

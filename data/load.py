@@ -114,7 +114,7 @@ def load_rows(config: DataConfig, *, seed: int) -> tuple[list[Row], list[Row] | 
 
 
 def _identity(row: Row) -> int:
-    """A number for what a loop reads of a row: rows of one number are the same to it."""
+    """A hash of the columns that a loop reads."""
     read = {name: row[name] for name in (*COLUMNS, "text", "tools") if row.get(name) is not None}
     return hash(json.dumps(read or row, sort_keys=True, default=str))
 
@@ -143,7 +143,7 @@ def convert_rows(rows: list[Row], config: DataConfig, source: str, *, limit: int
             converted.append(_convert_row(row, config, where, found))
         except ValueError as error:
             raise error if where in str(error) else ValueError(f"{where}: {error}") from error
-        except Exception as error:  # values of types that nobody thought of
+        except Exception as error:  # a value of an unexpected type
             raise ValueError(f"{where} cannot be converted: {type(error).__name__} {first_line(error)}.") from error
     if not converted:
         raise ValueError(f"converter {config.converter} dropped every row of {source}.")
@@ -152,7 +152,7 @@ def convert_rows(rows: list[Row], config: DataConfig, source: str, *, limit: int
 
 
 def _convert_row(row: Row, config: DataConfig, where: str, found: Counter[str]) -> Row:
-    """`found` counts what the run says of the rows."""
+    """found: counts for the notes."""
     row = dict(row)
     mapped = {}
     for name, column in config.field_mapping.items():
@@ -207,7 +207,7 @@ def _convert_row(row: Row, config: DataConfig, where: str, found: Counter[str]) 
 
 
 def _adopt_known_layouts(row: Row) -> None:
-    """ShareGPT's `conversations`, Alpaca's instruction/input/output, Orca's question beside a pair, and input/output,
+    """ShareGPT's `conversations`, Alpaca's instruction/input/output, Orca's question with a pair, and input/output,
     where the row has none of our columns."""
     known = {"prompt", "completion", "messages", "text"} & row.keys()
     if "conversations" in row and "messages" not in row and "prompt" not in row:
@@ -227,7 +227,8 @@ def _adopt_known_layouts(row: Row) -> None:
 def _parse_conversation(value: Any, column: str, where: str) -> list[Any] | None:
     """The messages that a file format (CSV, a text column) had to make text of; None where it is no such text.
 
-    JSON, or Python's own spelling, which pandas writes. `messages` has to be one; other columns are where they look so.
+    JSON, or Python's own spelling, which pandas writes. `messages` must be a conversation; other columns are parsed
+    where they look like one.
     """
     if not isinstance(value, str) or column != "messages" and not value.lstrip().startswith(("[", "{")):
         return None
@@ -246,14 +247,14 @@ def _parse_conversation(value: Any, column: str, where: str) -> list[Any] | None
             reason = "it is another value"
     messages = [messages] if isinstance(messages, dict) else messages
 
-    def says(turns: Any) -> bool:
+    def has_content(turns: Any) -> bool:
         return is_conversation(turns) and all({"content", "value", "tool_calls"} & turn.keys() for turn in turns)
 
-    if says(messages):
+    if has_content(messages):
         return messages
     items = messages if isinstance(messages, list) else []
     inside = [part for item in items for part in (item.values() if isinstance(item, dict) else [item])]
-    if column == "messages" or messages is None and _MESSAGE_TEXT.match(value) or any(map(says, inside)):
+    if column == "messages" or messages is None and _MESSAGE_TEXT.match(value) or any(map(has_content, inside)):
         raise ValueError(
             f"the {column} of {where} is text that is no JSON list of messages ({reason}): {value[:60]!r};"
             " give a list of objects with role and content (or name the column in a template, which takes it as text)."
@@ -290,7 +291,7 @@ def _read_turn(turn: Any, column: str, where: str, found: Counter[str]) -> Any:
 
 
 def _add_own_beginning(row: Row, where: str, found: Counter[str]) -> None:
-    """The row's own system message and earlier turns (Alpaca's `history`), put in front of its conversation."""
+    """Puts the row's system column and its earlier turns (Alpaca's `history`) in front of its conversation."""
     column = next((name for name in SYSTEM_COLUMNS if row.get(name)), "history")
     system, pairs = row[column] if column in SYSTEM_COLUMNS else "", row.get("history") or []
     if isinstance(pairs, str) and pairs.lstrip().startswith("["):
@@ -320,7 +321,7 @@ _TURN = ("user", "assistant")
 
 
 def _add_messages(row: Row, turns: list[dict[str, Any]]) -> bool:
-    """Puts messages in front of the row's conversation, after its own system message; False where it is plain text.
+    """Puts messages in front of the row's conversation, after its system message; False where it is plain text.
 
     A conversation starts in `messages` or `prompt`; a pair without a prompt starts in both of its completions.
     """

@@ -5,8 +5,8 @@ A reward function takes keyword arguments and returns one value per completion:
     def my_reward(*, prompts, completions, completion_ids, **columns) -> list[float | None]
 
 `prompts` and `completions` are texts, `completion_ids` token ids, and every column of the rows comes as a list under
-its own name; a function names those it wants. None means that the reward does not apply to that row. A call in training
-holds all completions of one prompt or more, which ones is up to the engine; it comes in the main thread.
+its name; a function's parameters name those that it needs. None means that the reward does not apply to that row. In
+training a call gets all completions of one or more prompts, in the main thread.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RewardConfig:
     reward_functions: str | list[str] = "exact_answer"
     """Names (exact_answer, rouge_l_precision, length, format) or your own `module:function`; list or comma list."""
     reward_weights: list[float] = field(default_factory=list)
-    """One weight a function; empty means 1 each."""
+    """One weight per function; empty means 1 each."""
 
     def __post_init__(self) -> None:
         count = len(self.names)
@@ -67,12 +67,12 @@ class RewardResult:
     """The rewards of one batch; rows in the order of the completions."""
 
     total: list[float]
-    """Weighted sum over the functions that apply to the row. NaN where a function failed on it or none applies, so that
-    a failure is never a reward of zero."""
+    """Weighted sum over the functions that apply to the row. NaN where a function failed or none applies: a
+    failure is never a reward of zero."""
     by_name: dict[str, list[float | None]]
-    """Each function's own values, unweighted; None where it does not apply or failed."""
+    """Each function's values, unweighted; None where it does not apply or failed."""
     failed: dict[str, list[int]]
-    """Rows for which each function raised or returned what is no finite number."""
+    """Rows for which each function raised or returned no finite number."""
     failure: str | None
     """The first failure's traceback (or sentence), None where nothing failed."""
 
@@ -153,15 +153,15 @@ def compute_rewards(
     completion_ids: list[list[int]],
     columns: list[dict[str, Any]],
 ) -> RewardResult:
-    """Run every function over the whole batch; all four lists have one entry a completion.
+    """Run every function over the whole batch; all four lists have one entry per completion.
 
     A function that raises or exits, or returns the wrong number of values, fails for all its rows; a value that is no
     finite number fails for its row. Failures stop nothing: they are counted, and the first is kept. Without completions
     no function is called.
     """
     size = len(completions)
-    assert len(prompts) == len(completion_ids) == len(columns) == size, "one entry a completion"
-    assert len(weights) == len(functions), "one weight a function"
+    assert len(prompts) == len(completion_ids) == len(columns) == size, "one entry per completion"
+    assert len(weights) == len(functions), "one weight per function"
     names = dict.fromkeys(name for row in columns for name in row)
     available: dict[str, Any] = {name: [row.get(name) for row in columns] for name in names}
     available.update(prompts=prompts, completions=completions, completion_ids=completion_ids)
@@ -192,7 +192,7 @@ def compute_rewards(
             for row, value in enumerate(returned):
                 try:
                     values[row] = _as_reward(value)
-                except Exception as error:  # float() runs what the value's class says
+                except Exception as error:  # float() calls the value's __float__
                     failed_rows.append(row)
                     failure = failure or f"reward {name} returned {value!r:.80} for completion {row} of {size}: {error}"
         for row in failed_rows:
@@ -207,7 +207,7 @@ def compute_rewards(
 
 
 def _check_function(name: str, function: RewardFunction, rows: Sequence[dict[str, Any]], key: str) -> None:
-    """Raise ValueError for what can be known before anything is sampled: the signature, against the rows' columns."""
+    """Raise ValueError where the signature cannot be called with the rows' columns."""
     for one in (function, type(function).__call__):
         if inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one):
             raise ValueError(f"{key} names {name}, which is async: call asyncio.run inside a plain function instead.")
@@ -230,8 +230,7 @@ def _needed(function: RewardFunction) -> list[inspect.Parameter]:
 
 
 def _accepted(name: str, function: RewardFunction, available: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a function takes, all of them where it has `**kwargs`; its own copies, since training and the
-    next function read the rest."""
+    """The arguments that a function takes (all of them where it has `**kwargs`), as copies: it may change them."""
     for parameter in _needed(function):
         if parameter.name not in available:
             columns = ", ".join(column for column in available if column not in GIVEN)

@@ -65,7 +65,7 @@ def render_checked(
 
 
 def _words(messages: list[Message]) -> Iterator[tuple[str, str]]:
-    """What a template may leave out without a word, and its name in the report."""
+    """What a template may leave out without an error, and its name in the report."""
     for message in messages:
         content = message["content"]
         if message["role"] == "assistant":
@@ -152,8 +152,10 @@ def render_turns(messages: list[Message], tools: Tools, tokenizer: Tokenizer) ->
 def trained_spans(
     text: str, messages: list[Message], tools: Tools, tokenizer: Tokenizer, first: int | None
 ) -> list[Span]:
-    """The characters that are trained: the assistant turns from message `first` on (None: the whole text), without
-    turns whose flag says no, and without what the prompt has of a turn already (key `begun`)."""
+    """The trained characters: the assistant turns from message `first` on (None: the whole text).
+
+    Without turns whose flag is 0, and without the part of a turn that the prompt holds (key `begun`).
+    """
     spans = [(0, len(text))] if first is None else _assistant_spans(text, messages, tools, tokenizer, first)
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and index >= (first or 0) and not all(message.get(flag, 1) for flag in FLAGS):
@@ -200,8 +202,8 @@ _OPEN, _CLOSE = "\ue0f0plumbline(", ")plumbline\ue0f1"
 def _marked_spans(text: str, messages: list[Message], tools: Tools, tokenizer: Tokenizer, template: str) -> list[Span]:
     """The spans inside `{% generation %}`: each marker becomes a call of a macro that writes brackets around its body.
 
-    (transformers' own assistant mask needs a fast tokenizer, and where the last character of a marked span is a space
-    that the tokenizer trims from its offsets it marks the whole rest of the conversation.)
+    (transformers' assistant mask marks the rest of the conversation where a marked span ends with a space that the
+    tokenizer trims from its offsets.)
     """
     macro = f"{{% macro plumbline_turn() %}}{_OPEN}{{{{ caller() }}}}{_CLOSE}{{% endmacro %}}{{{{ '' }}}}"
     bracketed = _MARKER.sub(
@@ -230,14 +232,14 @@ def _turn_span(text: str, messages: list[Message], index: int, tools: Tools, tok
     start = len(os.path.commonprefix([prompt, text]))
     context = 0
     if start < len(prompt):
-        # A generation prompt may say more than the turn (an empty thinking block where the turn thinks): the turn
-        # then starts where they part, as long as the header of the turn is still shared.
+        # A generation prompt may hold text that the turn lacks (an empty thinking block where the turn thinks): the
+        # turn then starts where they differ, if they still share the turn's header.
         context = len(render(messages[:index], tools, tokenizer))
     if start >= len(prompt) or start > context:
         if text.startswith(turn):
             return start, len(turn)
-        # Templates such as Qwen3's drop the reasoning of earlier turns: the turn then stands in the text without its
-        # beginning, and its longest ending that follows the prompt is what the text has of it.
+        # Templates such as Qwen3's drop the reasoning of earlier turns: the text then has the turn without its
+        # beginning, so the longest ending of the turn that follows the prompt is taken.
         visible = messages[index]["content"].split("</think>")[-1].strip()
         for cut in range(start, len(turn)):
             ending = turn[cut:]

@@ -39,9 +39,9 @@ def parse_tool_calls(value: Any) -> list[dict[str, Any]]:
 def with_probe_names(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[str]]:
-    """Copies in which every tool and every call has a name of its own that occurs nowhere else, and those names.
+    """Copies in which every tool and every call has a unique name, and those names.
 
-    A template that drops a tool or a call renders without its name; the real name could stand in the text by chance.
+    A template that drops a tool or a call renders without its name; the real name could occur elsewhere in the text.
     """
     messages, tools = copy.deepcopy(messages), copy.deepcopy(tools)
     named = [*(tools or []), *(call for message in messages for call in message.get("tool_calls", []))]

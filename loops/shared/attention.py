@@ -2,8 +2,9 @@
 
 A function registered with transformers' attention interface. Ordinary calls (generation, the plain padded forward) pass
 through to sdpa; a call that carries a `layout` keyword attends segment by segment: queries of a segment see its prefix,
-then themselves, causally. Every token's query, key and value is computed once; only keys and values are gathered again
-for each segment that continues a shared prefix. On a CPU both scale queries first, as vLLM does.
+all segments that the prefix continues, then themselves, causally. Every token's query, key and value is computed once;
+only keys and values are gathered again for each segment that continues another. On a CPU both scale queries first, as
+vLLM does.
 
 With a flash kernel (CUDA, 16-bit): one variable-length call over all segments. Elsewhere: segments of like size are
 gathered into a few padded buckets, one SDPA call each.
@@ -63,6 +64,10 @@ class Layout:
 
     def __init__(self, segments, device: torch.device):
         self.segments = segments
+        self.prefixes: list[list] = []  # of each segment the segments that it continues, from the root on
+        for segment in segments:
+            parent = segment.prefix
+            self.prefixes.append([*self.prefixes[parent], segments[parent]] if parent >= 0 else [])
         self.device = device
         self.calls = 0  # attention layers that used this layout
         self._buckets: list[Bucket] | None = None
@@ -93,8 +98,7 @@ class Layout:
         """Segment numbers bucket by bucket: sorted by size, a new bucket where padding would cost too much."""
 
         def size(number: int) -> tuple[int, int]:
-            s = self.segments[number]
-            return (self.segments[s.prefix].length if s.prefix >= 0 else 0), s.length
+            return sum(p.length for p in self.prefixes[number]), self.segments[number].length
 
         groups: list[list[int]] = []
         for rooted in (True, False):
@@ -116,16 +120,18 @@ class Layout:
 
     def _bucket(self, chosen: list[int]) -> Bucket:
         own = [self.segments[i] for i in chosen]
-        prefixes = [self.segments[s.prefix] if s.prefix >= 0 else None for s in own]
         lengths = torch.tensor([s.length for s in own])
         starts = torch.tensor([s.start for s in own])
-        prefix_lengths = torch.tensor([p.length if p else 0 for p in prefixes])
-        prefix_starts = torch.tensor([p.start if p else 0 for p in prefixes])
+        prefix_lengths = torch.tensor([sum(p.length for p in self.prefixes[i]) for i in chosen])
         width, prefix_width = int(lengths.max()), int(prefix_lengths.max())
         i = torch.arange(width)[None]
         queries = torch.where(i < lengths[:, None], starts[:, None] + i, 0)
-        j = torch.arange(prefix_width)[None] - (prefix_width - prefix_lengths)[:, None]
-        before = torch.where(j >= 0, prefix_starts[:, None] + j, 0)
+        before = torch.zeros(len(chosen), prefix_width, dtype=torch.long)
+        for row, number in enumerate(chosen):
+            end = prefix_width
+            for p in reversed(self.prefixes[number]):
+                before[row, end - p.length : end] = torch.arange(p.start, p.start + p.length)
+                end -= p.length
         return Bucket(
             queries=queries.to(self.device),
             keys=torch.cat([before, queries], dim=1).to(self.device),
@@ -145,16 +151,11 @@ class Layout:
     def flash(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """(key index [M], cumulative query lengths [S+1], cumulative key lengths [S+1], longest query, longest key)."""
         if self._flash is None:
-            segments = [s for s in self.segments if s.length]
-            spans, key_lengths = [], []
-            for s in segments:
-                prefix = self.segments[s.prefix] if s.prefix >= 0 else None
-                if prefix:
-                    spans.append(torch.arange(prefix.start, prefix.start + prefix.length))
-                spans.append(torch.arange(s.start, s.start + s.length))
-                key_lengths.append(s.length + (prefix.length if prefix else 0))
-            lengths = [s.length for s in segments]
-            index = torch.cat(spans).to(self.device) if any(s.prefix >= 0 for s in segments) else None
+            paths = [[*before, s] for before, s in zip(self.prefixes, self.segments, strict=True) if s.length]
+            spans = [torch.arange(s.start, s.start + s.length) for path in paths for s in path]
+            lengths = [path[-1].length for path in paths]
+            key_lengths = [sum(s.length for s in path) for path in paths]
+            index = torch.cat(spans).to(self.device) if any(len(path) > 1 for path in paths) else None
             ends = [
                 F.pad(torch.tensor(n).cumsum(0), (1, 0)).to(self.device, torch.int32) for n in (lengths, key_lengths)
             ]

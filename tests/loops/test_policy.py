@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers import models as hf
 
 from data.chat import Example, Pair
-from data.pack import empty_batch, pack_check, pack_examples, pack_groups, pack_pairs
-from loops.shared.attention import NotPackable
+from data.pack import Segment, empty_batch, pack_check, pack_examples, pack_groups, pack_pairs, pack_tree
+from loops.shared.attention import Layout, NotPackable
 from loops.shared.policy import (
     check_context,
     check_policy,
@@ -366,3 +366,29 @@ def test_rows_beyond_the_models_positions():
     assert not said
     check_context(model, 129, setting="max_seq_length", say=said.append)
     assert "129 tokens" in said[0] and "128 positions" in said[0]
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Exaone4Config", "GptOssConfig"])
+def test_a_tree_of_segments_equals_plain_padding(name, only_float64):
+    """A prompt, turns that share their beginnings, three levels below it, and a root without children beside them; each
+    row is a path from its root, and the windows of 5 tokens reach over more than one segment."""
+    model = tiny(name, EXACT[name])
+    enable_packing(model)
+    g = torch.Generator().manual_seed(2)
+    draw = lambda n: torch.randint(3, 96, (n,), generator=g).tolist()  # noqa: E731
+    shape = [(6, -1), (3, 0), (2, 1), (9, 2), (4, 2), (1, 1), (7, 0), (1, -1), (5, 7)]  # length, parent
+    batch = pack_tree([(draw(length), [True] * length, parent) for length, parent in shape])
+    assert len(batch.mask) == 5 and batch.num_tokens == sum(length for length, _ in shape)
+    (packed, a), (plain, b) = gradients(model, batch, True), gradients(model, batch, False)
+    assert (packed.logprobs - plain.logprobs).abs().max() < 1e-9
+    assert (packed.entropy - plain.entropy).abs().max() < 1e-9
+    assert all((a[k] - b[k]).norm() <= 1e-9 * max(b[k].norm(), 1e-3) for k in b)
+
+
+def test_the_flash_layout_lists_every_key_of_a_path():
+    """Segments 0-2, 3-4 (continues the first) and 5 (continues the second): 3, 5 and 6 keys."""
+    layout = Layout((Segment(0, 3, -1), Segment(3, 2, 0), Segment(5, 1, 1)), torch.device("cpu"))
+    index, queries, keys, longest_query, longest_key = layout.flash()
+    assert index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]
+    assert queries.tolist() == [0, 3, 5, 6] and keys.tolist() == [0, 3, 8, 14]
+    assert (longest_query, longest_key) == (3, 6)

@@ -57,11 +57,24 @@ class Config:
     precompute_ref_log_probs: bool = True
     """Score all pairs under the reference once, before training, and keep the numbers in the run
     folder; false: in every step, with the reference model held in memory."""
+    ref_update: str = "none"
+    """none: the reference stays the start policy; ema: every ref_model_sync_steps steps it moves
+    towards the policy by ref_model_mixup_alpha; sync: it becomes the policy then. Needs
+    precompute_ref_log_probs: false."""
+    ref_model_mixup_alpha: float = 0.6
+    """Weight of the policy in the reference's new weights (ema); the rest is its own old ones."""
+    ref_model_sync_steps: int = 512
+    """Steps between two updates of the reference (ema and sync)."""
     eval_reward: str | None = None
     """Reward function whose mean over greedy completions of evaluation prompts is eval/accuracy."""
 
     def __post_init__(self) -> None:
         self.batch.refuse_bins()
+        if self.ref_update != "none" and self.precompute_ref_log_probs:
+            raise ValueError(
+                f"ref_update is {self.ref_update} and precompute_ref_log_probs true, which knows the "
+                "start policy only; set precompute_ref_log_probs: false, or ref_update: none."
+            )
         check_options(self.beta, self.loss_type, self.label_smoothing)
 
 
@@ -137,7 +150,10 @@ def main(config: Config) -> None:
         policy, packing=config.batch.packing, compile=config.model.compile,
         print_main=run.print_main,
     )  # fmt: skip
-    reference = build_reference(policy, accelerator.autocast)
+    reference = build_reference(
+        policy, accelerator.autocast, ref_update=config.ref_update,
+        mixup_alpha=config.ref_model_mixup_alpha, sync_steps=config.ref_model_sync_steps,
+    )  # fmt: skip
     rows_per_step = config.batch.rows_per_step(accelerator.num_processes)
     epoch_steps = batches.steps_per_epoch(len(pairs), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
@@ -221,6 +237,7 @@ def main(config: Config) -> None:
         metrics.set("optim/learning_rate", scheduler.get_last_lr()[0])
         scheduler.step()
         optimizer.zero_grad()
+        reference.update(policy, step + 1)  # nothing with ref_update: none
 
         # record
         metrics.set("time/step", time.perf_counter() - began)

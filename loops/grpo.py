@@ -59,6 +59,14 @@ class Config:
     """Upper clip (clip-higher of DAPO, e.g. 0.28)."""
     beta: float = 0.0
     """Weight of the KL to the reference model; 0 builds no reference."""
+    ref_update: str = "none"
+    """none: the reference stays the start policy; ema: every ref_model_sync_steps steps it moves
+    towards the policy by ref_model_mixup_alpha; sync: it becomes the policy then. Needs
+    beta above 0."""
+    ref_model_mixup_alpha: float = 0.6
+    """Weight of the policy in the reference's new weights (ema); the rest is its own old ones."""
+    ref_model_sync_steps: int = 512
+    """Steps between two updates of the reference (ema and sync)."""
     kl_estimator: str = "k3"
     """k2 or k3 (http://joschu.net/blog/kl-approx.html); k1 has no gradient, so it needs beta 0."""
     delta: float | None = None
@@ -91,6 +99,11 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {least} or more.")
         if self.kl_estimator == "k1" and self.beta:
             raise ValueError(f"kl_estimator is k1 and beta {self.beta}: no gradient; use k3 or k2.")
+        if self.ref_update != "none" and not self.beta:
+            raise ValueError(
+                f"ref_update is {self.ref_update} and beta 0, which builds no reference; set beta "
+                "above 0, or ref_update: none."
+            )
         scale = str(self.scale_rewards).lower()
         scale = {"true": "group", "false": "none"}.get(scale, scale)  # as TRL had it
         object.__setattr__(self, "scale_rewards", scale)
@@ -173,7 +186,12 @@ def main(config: Config) -> None:
         policy, packing=config.batch.packing, compile=config.model.compile,
         print_main=say,
     )  # fmt: skip
-    reference = build_reference(policy, accelerator.autocast) if config.beta else None
+    reference = None
+    if config.beta:
+        reference = build_reference(
+            policy, accelerator.autocast, ref_update=config.ref_update,
+            mixup_alpha=config.ref_model_mixup_alpha, sync_steps=config.ref_model_sync_steps,
+        )  # fmt: skip
     rows_per_step = config.prompts(accelerator.num_processes)
     epoch_steps = batches.steps_per_epoch(len(prompts), rows_per_step)
     total_steps = config.run.total_steps(epoch_steps)
@@ -295,6 +313,8 @@ def main(config: Config) -> None:
         metrics.set("optim/grad_norm", grad_norm)  # before clipping
         metrics.set("optim/learning_rate", scheduler.get_last_lr()[0])
         scheduler.step()  # once per step: warmup_steps and max_steps count the same thing
+        if reference is not None:
+            reference.update(policy, step + 1)  # nothing with ref_update: none
         metrics.set("time/update", time.perf_counter() - updating)
         metrics.set("time/sync", engine.sync(policy).seconds)
 

@@ -42,6 +42,7 @@ from loops.shared.checkpoint_files import (
     METADATA,
     MOMENT,
     OPTIMIZER,
+    REFERENCE,
     REPLACED,
     STATE,
     TEMPORARY,
@@ -96,6 +97,7 @@ class Saver:
         self.accelerator = accelerator
         self.deadline = deadline
         self.buffers: dict[Any, Tensor] = {}
+        self.reference: Mapping[str, Tensor] = {}  # what follows the policy and is saved with it
         self.agreed: _Agreed | None = None
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
@@ -162,6 +164,7 @@ class Saver:
         moments, record, own = state_to_tensors(optimizer, parameters)
         tensors = {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()}
         tensors |= {MOMENT + key: tensor for key, tensor in moments.items()}
+        tensors |= {REFERENCE + name: tensor for name, tensor in self.reference.items()}
         kind = "lora" if any("lora_" in name for name in parameters) else "full"
         rank = self.accelerator.process_index
         blobs = {rank_file(rank): packed({"random": random_state(self.accelerator.device), "optimizer": own})}
@@ -465,6 +468,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Put a checkpoint back into freshly built objects and return the loop's `state`; every rank must call this.
 
@@ -472,13 +476,15 @@ def load_checkpoint(
     schedule are the same to the last bit. Random streams go on exactly on as many ranks; else each rank is seeded from
     (the state's `seed`, step, rank), and a warning says so. `read_extra` gives back what the loop saved beside.
 
+    reference: tensors of a reference that follows the policy (`Reference.tensors`), which are overwritten.
+
     Everything is checked before anything is changed. Raises AlteredError where a file is not
     as it was written, and ValueError when the checkpoint is incomplete or corrupt, is
     another or none on some rank's machine, or is of another model (parameters, shapes, dtypes, optimizer, device).
     Call it last, after the model, the optimizer and the data loader were built and prepared, since building them draws
     random numbers.
     """
-    path = Path(path)
+    path, reference = Path(path), reference or {}
     reshard(model)
     parameters = dict(trainable_parameters(accelerator.unwrap_model(model)))
     rank = accelerator.process_index
@@ -493,6 +499,8 @@ def load_checkpoint(
         small = [name for name in manifest["files"] if not name.endswith(TENSORS)]
         compare_checksums(path, manifest, small[rank :: accelerator.num_processes])
         refuse_other_parameters(path, stored_tensors(path, WEIGHT), parameters)
+        if stored_tensors(path, REFERENCE).keys() != reference.keys():
+            raise ValueError(f"{path} was saved with another ref_update: its reference has other tensors.")
         same_ranks = manifest["world_size"] == accelerator.num_processes
         saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
         own = torch.load(path / rank_file(rank), map_location="cpu", weights_only=True) if same_ranks else None
@@ -508,6 +516,8 @@ def load_checkpoint(
     tensors = {MOMENT + key: tensor for key, tensor in moments.items()}
     weights = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}  # no gradients are there
     tensors |= {WEIGHT + name: weight.detach() for name, weight in weights.items()}
+    averages = {name: torch.empty_like(tensor) for name, tensor in reference.items()}
+    tensors |= {REFERENCE + name: tensor for name, tensor in averages.items()}
     try:
         read_tensors(path, tensors, manifest, rank, accelerator.num_processes)
     except (ValueError, OSError) as error:
@@ -516,6 +526,8 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights.pop(name))
+        for name, tensor in reference.items():
+            tensor.copy_(averages.pop(name))
     put_moments()
     scheduler.load_state_dict(saved["scheduler"])
     schedule: Any = scheduler  # LambdaLR, which loads the rate of the settings that wrote the checkpoint

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "plumbline-checkpoint-2"
 METADATA, OPTIMIZER, STATE, MANIFEST = ".metadata", "optimizer.pt", "state.json", "manifest.json"
-WEIGHT, MOMENT = "model/", "optimizer/"  # first parts of the tensors' keys
+WEIGHT, MOMENT, REFERENCE = "model/", "optimizer/", "reference/"  # first parts of the tensors' keys
 TENSORS = ".distcp"  # ending of the files with tensors
 TEMPORARY, REPLACED = ".tmp-", ".old-"
 BLOCK = 1 << 24  # bytes read at once for a checksum

@@ -1,4 +1,5 @@
-"""The reference model: the policy as it stood at the start, which KL terms and DPO compare the policy with.
+"""The reference model, which KL terms and DPO compare the policy with: the policy as it stood at the start, or, with
+`ref_update`, a model that follows the policy.
 
 Legend: B rows, T columns, P pairs.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loops.shared.adapters import (
     ADAPTER,
@@ -24,7 +26,7 @@ from loops.shared.adapters import (
     quiet_peft,
     upcast_modules_to_save,
 )
-from loops.shared.layers import reshard
+from loops.shared.layers import reshard, unwrap
 from loops.shared.models import ModelConfig, resolve_dtype
 from loops.shared.policy import score
 
@@ -43,7 +45,11 @@ class Reference:
         """`copy` (frozen copy), `base` (adapter off), or `adapter` (frozen copy of the starting adapter)."""
         self.autocast = autocast
         self.tables: dict[str, Tensor] = {}
-        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self.mixup_alpha = 0.0
+        self.sync_steps = 0
+        """Optimizer steps between two updates; 0 for a reference that stays."""
+        self.trained: list[str] = []
+        """Names of the policy's trained parameters."""
 
     def logprobs(self, batch, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [B, T] of a `data.pack.PackedBatch` under softmax(logits / temperature); no gradients."""
@@ -107,6 +113,47 @@ class Reference:
             digest.update(repr((pair.prompt_ids, pair.completions())).encode())
         return digest.hexdigest()
 
+    def follow(self, ref_update: str, mixup_alpha: float, sync_steps: int) -> None:
+        """Let `update` move the weights: `ema` by mixup_alpha, `sync` the whole way; `none` lets them stay.
+
+        Raises ValueError for values that mean nothing, by their names in a loop's Config.
+        """
+        if ref_update not in ("none", "ema", "sync"):
+            raise ValueError(f"ref_update is {ref_update!r}; choose none, ema or sync.")
+        if not 0.0 < mixup_alpha <= 1.0:
+            raise ValueError(f"ref_model_mixup_alpha is {mixup_alpha}; give a weight above 0, up to 1.")
+        if sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps is {sync_steps}; give 1 or more.")
+        self.mixup_alpha = 1.0 if ref_update == "sync" else mixup_alpha
+        self.sync_steps = 0 if ref_update == "none" else sync_steps
+
+    @torch.no_grad()
+    def update(self, policy: nn.Module, step: int) -> None:
+        """Every `sync_steps` optimizer steps: weights = mixup_alpha x the policy's + (1 - mixup_alpha) x their own.
+
+        step: optimizer steps done. Sums are formed in at least float32. Every process calls this.
+        """
+        if not self.sync_steps or step % self.sync_steps:
+            return
+        trained = unwrap(policy)
+        reshard(trained)
+        for name, own in self.tensors().items():
+            new = trained.get_parameter(name).detach()
+            if isinstance(own, DTensor):  # both are cut in the same way
+                own, new = own.to_local(), new.to_local()
+            wide = torch.promote_types(own.dtype, torch.float32)
+            own.copy_(own.to(wide).lerp(new.to(wide), self.mixup_alpha))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the reference, under the names of the policy's parameters: the weights that
+        `update` moves, none for a reference that stays. A resume copies into them."""
+        names = self.trained if self.sync_steps else []
+        if names:
+            reshard(self.model)
+        if self.kind == "copy":
+            return {name: self.model.get_parameter(name).detach() for name in names}
+        return {name: self.model.get_parameter(_copied(name)).detach() for name in names}
+
     def release(self) -> None:
         """Free the memory of a copy; from here on only tables answer."""
         self.model = None
@@ -142,25 +189,40 @@ class Reference:
 
 
 def build_reference(
-    policy: PreTrainedModel | PeftModel, autocast: Callable[[], AbstractContextManager] = nullcontext
+    policy: PreTrainedModel | PeftModel,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    *,
+    ref_update: str = "none",
+    mixup_alpha: float = 0.6,
+    sync_steps: int = 512,
 ) -> Reference:
     """The reference of a policy as it is now. Call before sharding, before resuming, and before the first step.
 
     A policy without adapter is copied. A fresh adapter changes nothing yet, so switching it off gives the start back.
-    An adapter that is continued is copied beside itself, frozen; exports leave the copy out. autocast: entered around
-    each forward, as `Accelerator.autocast`.
+    An adapter that is continued, or one that the reference is to follow (`Reference.follow`), is copied beside itself,
+    frozen; exports leave the copy out. autocast: entered around each forward, as `Accelerator.autocast`.
     """
     from peft import PeftModel
 
     assert all("forward" not in vars(module) for module in policy.modules()), (
         "a forward set on an instance would still be the policy's own in the copy"
     )
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     if not isinstance(policy, PeftModel):
-        return Reference(copy.deepcopy(policy).requires_grad_(False).eval(), "copy", autocast)
-    if changes_nothing(policy):
-        return Reference(policy, "base", autocast)
-    _copy_adapter(policy)
-    return Reference(policy, "adapter", autocast)
+        reference = Reference(copy.deepcopy(policy).requires_grad_(False).eval(), "copy", autocast)
+    elif ref_update == "none" and changes_nothing(policy):
+        reference = Reference(policy, "base", autocast)
+    else:
+        _copy_adapter(policy)
+        reference = Reference(policy, "adapter", autocast)
+    reference.trained = trained
+    reference.follow(ref_update, mixup_alpha, sync_steps)
+    return reference
+
+
+def _copied(name: str) -> str:
+    """The name that a parameter of the adapter has in the adapter's frozen copy."""
+    return ".".join(REFERENCE_ADAPTER if part == ADAPTER else part for part in name.split("."))
 
 
 def _copy_adapter(policy: PeftModel) -> None:

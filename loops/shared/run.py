@@ -267,6 +267,7 @@ class Run:
         values = not self.settings.get("model", {}).get("from_scratch")
         digest = weights_digest(policy, values) if self.accelerator.is_main_process else None
         self.identity["weights"] = broadcast_object_list([digest])[0]
+        self.reference = reference
         prepared = prepare(self.accelerator, policy, optimizer, reference=reference, sharding=self.sharding)
         self.print_main(sharding_line(self.accelerator, policy, self.sharding))
         for sentence in self.sharding.ignored if self.sharding else ():
@@ -359,6 +360,7 @@ class Run:
         if self.checkpoint is None:
             return 0
         objects = {"model": policy, "optimizer": optimizer, "scheduler": scheduler}
+        objects["reference"] = self.reference.tensors() if self.reference is not None else None
         skipped: list[Path] = []
         while True:
             try:
@@ -425,6 +427,8 @@ class Run:
         if greater is None:
             greater = not (name or "").endswith("loss")
         saved = self._wait_for_saver()
+        if self.reference is not None:
+            self.saver.reference = self.reference.tensors()
         try:
             self.saver.save(
                 model=policy,

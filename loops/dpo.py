@@ -72,8 +72,8 @@ class Config:
         self.batch.refuse_bins()
         if self.ref_update != "none" and self.precompute_ref_log_probs:
             raise ValueError(
-                f"ref_update is {self.ref_update} and precompute_ref_log_probs true, which knows the "
-                "start policy only; set precompute_ref_log_probs: false, or ref_update: none."
+                f"ref_update is {self.ref_update} and precompute_ref_log_probs true, which scores "
+                "with the start policy; set precompute_ref_log_probs: false, or ref_update: none."
             )
         check_options(self.beta, self.loss_type, self.label_smoothing)
 

@@ -137,7 +137,8 @@ def rebuild_policy(trained: TrainedModel, *, device: torch.device | str = "cpu")
     if trained.kind == "checkpoint":
         parameters = dict(trainable_parameters(policy))
         refuse_other_parameters(trained.path, stored_tensors(trained.path, WEIGHT), parameters)
-        read_tensors(trained.path, {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()})
+        targets = {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()}
+        read_tensors(trained.path, targets, read_manifest(trained.path))
     if trained.stops is not None:
         policy.generation_config.eos_token_id = trained.stops  # type: ignore[union-attr]
     return policy.eval()

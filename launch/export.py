@@ -112,7 +112,7 @@ def export(
         coarsest = coarsest_dtype(policy, dtype)
         quantisation = getattr(policy.config, "quantization_config", None)
         del policy  # one model at a time
-        reloaded = reload_folder(folder, trained.model, adapter=not merge, quantisation=quantisation)
+        reloaded = reload_folder(folder, trained.model, quantisation)
         try:
             sentence = compare_logits(expected, logits_of(reloaded), LOGITS_TOLERANCE[coarsest], coarsest)
         except WrongLogits as error:

@@ -359,4 +359,4 @@ def quiet_peft(what: str) -> Iterator[None]:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{what}: peft says: {first_line(error)}.") from error
+            raise ValueError(f"{what}: peft says: {first_line(error).rstrip('.')}.") from error

@@ -127,11 +127,8 @@ class ModelConfig:
                     raise ValueError(f"{key} needs lora_r above 0, but lora_r is 0 (all weights are trained).")
             if self.torch_dtype == "float16":
                 raise ValueError("torch_dtype float16 is too narrow to train with lora_r 0; use float32 or bfloat16.")
-        else:
-            if self.lora_alpha <= 0:
-                raise ValueError(f"lora_alpha is {self.lora_alpha}; with lora_r {self.lora_r} it must be above 0.")
-            if not split_names(self.lora_target_modules):
-                raise ValueError(f"lora_target_modules is empty with lora_r {self.lora_r}; name modules or all-linear.")
+        elif self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; with lora_r {self.lora_r} it must be above 0.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; give a probability from 0 up to, not including, 1.")
 
@@ -280,8 +277,6 @@ def build_policy(
         )
     if config.load_in_8bit and for_fsdp:
         raise ValueError("load_in_8bit cannot be sharded by fsdp; use load_in_4bit.")
-    if config.load_in_4bit and for_fsdp and config.bnb_4bit_quant_storage == "uint8":
-        raise ValueError("bnb_4bit_quant_storage uint8 cannot be sharded by fsdp; set it to auto.")
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -492,7 +487,7 @@ def _loading(key: str, name: str) -> Iterator[None]:
     except Exception as error:  # nothing but libraries reading files runs in here
         if "trust_remote_code" in str(error):
             raise ValueError(f"{key}: {name} brings its own code; set trust_remote_code: true to run it.") from error
-        reason = first_line(error)
+        reason = first_line(error).rstrip(".")
         if Path(name).is_dir():
             raise ValueError(f"{key}: {name} could not be loaded: {reason}.") from error
         near = get_close_matches(Path(name).name, [path.name for path in Path(name).parent.glob("*/")], n=1)

@@ -145,19 +145,19 @@ class WrongLogits(RuntimeError):
     """The exported model does not give the trained one's logits."""
 
 
-def reload_folder(folder: Path, model: ModelConfig, *, adapter: bool, quantisation: Any) -> nn.Module:
+def reload_folder(folder: Path, model: ModelConfig, quantisation: Any) -> nn.Module:
     """The written folder as its users load it, on the CPU: plain transformers, or peft on the base as it was trained.
 
     model: with the dtype of training; quantisation: of the adapter's base, as transformers takes it.
     """
     from transformers import AutoModelForCausalLM
 
-    trust = model.trust_remote_code
-    if not adapter:
+    trust, settings_file = model.trust_remote_code, folder / "adapter_config.json"
+    if not settings_file.is_file():
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
     from peft import PeftModel
 
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = json.loads(settings_file.read_text())
     base = AutoModelForCausalLM.from_pretrained(
         settings["base_model_name_or_path"],
         revision=settings.get("revision"),
@@ -227,14 +227,8 @@ def check_export(
     dtype = resolve_dtype(config, accelerator.device)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     coarsest = coarsest_dtype(model, autocast)
-    found = logits_of(
-        reload_folder(
-            folder,
-            replace(config, torch_dtype=str(dtype).removeprefix("torch.")),
-            adapter=(folder / "adapter_config.json").is_file(),
-            quantisation=getattr(base.config, "quantization_config", None),
-        )
-    )
+    trained = replace(config, torch_dtype=str(dtype).removeprefix("torch."))
+    found = logits_of(reload_folder(folder, trained, getattr(base.config, "quantization_config", None)))
     try:
         compare_logits(expected, found, LOGITS_TOLERANCE[coarsest], coarsest)
     except WrongLogits as error:

@@ -156,7 +156,6 @@ def export(model, folder: Path, *, merge: bool, model_id: str, card: dict | None
         (dict(lora_r=-1), ("lora_r",)),
         (dict(lora_alpha=0.0), ("lora_alpha", "lora_r")),
         (dict(lora_dropout=1.0), ("lora_dropout",)),
-        (dict(lora_target_modules=" , "), ("lora_target_modules", "lora_r")),
     ],
 )
 def test_impossible_combinations_name_their_keys(settings, keys):

@@ -89,7 +89,7 @@ def test_shared_is_a_closed_list():
 LOOPS = ("sft", "dpo", "grpo")
 
 
-LONG = {"packed_attention", "_explicit", "with_torch", "with_flash_attn", "save", "_prepared", "start_tracking"}
+LONG = {"packed_attention", "_explicit", "with_torch", "with_flash_attn"}
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

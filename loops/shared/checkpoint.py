@@ -92,9 +92,10 @@ class Saver:
     memory must have room for it.
     """
 
-    def __init__(self, folder: Path | str, *, accelerator: Accelerator, deadline: float = 300.0):
+    def __init__(self, folder: Path | str, *, accelerator: Accelerator, keep: int = 0, deadline: float = 300.0):
+        """keep: after a save so many checkpoints stay, the newest (0: all), and besides them the best."""
         self.parent = Path(folder) / "checkpoints"
-        self.accelerator = accelerator
+        self.accelerator, self.keep = accelerator, keep
         self.deadline = deadline
         self.buffers: dict[Any, Tensor] = {}
         self.reference: Mapping[str, Tensor] = {}  # what follows the policy and is saved with it
@@ -108,19 +109,17 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
-        step: int,
         state: Mapping[str, Any],
-        keep: int,
         best: Best | None = None,
         extra: Mapping[str, Any] | None = None,
         wait: bool = True,
     ) -> Path:
         """Write `checkpoints/KIND-epochEE-stepNNNNNN` and return its path; every rank must call this.
 
-        step: optimizer steps done. state: what the loop wants back on resume (JSON types; its `epoch`, if any, shows in
-        the name); KIND is lora where the model has adapters, else full. keep: afterwards only so many checkpoints stay,
-        the newest (0: all), and besides them the best by the metric in `best`, or in the newest save that had one (not
-        a number is never best). extra: of each rank its own, types that `torch.load(weights_only=True)` reads.
+        state: what the loop needs on resume (JSON types): `step`, the optimizer steps done, and anything else; its
+        `epoch`, if any, shows in the name. KIND is lora where the model has adapters, else full. best: the metric by
+        which the best checkpoint is kept; without it that of the newest save that had one counts (NaN is never best).
+        extra: what each rank has of its own, in types that `torch.load(weights_only=True)` reads.
 
         Returns when all is on disk, or with `wait=False` when it is copied; then the next `save` or `wait` waits for
         the rest and raises its error. Raises NotSaved where the files cannot be written (a full disk), TypeError for a
@@ -130,7 +129,7 @@ class Saver:
         job: _Job | None = None
         problem: Exception | None = None
         try:
-            job = self._prepared(model, optimizer, scheduler, step, state, keep, best, extra)
+            job = self._prepared(model, optimizer, scheduler, state, best, extra)
         except (TypeError, ValueError) as error:  # before the first file, so that wrong input costs nothing
             problem = error
         raise_first(self.accelerator, problem)
@@ -157,7 +156,7 @@ class Saver:
         failure, self.failure = self.failure, None
         raise_first(self.accelerator, failure)
 
-    def _prepared(self, model, optimizer, scheduler, step, state, keep, best, extra) -> _Job:
+    def _prepared(self, model, optimizer, scheduler, state, best, extra) -> _Job:
         """Everything that is written, without a copy of the tensors; no rank waits for another."""
         reshard(model)
         parameters = dict(trainable_parameters(self.accelerator.unwrap_model(model)))
@@ -165,7 +164,7 @@ class Saver:
         tensors = {WEIGHT + name: parameter.detach() for name, parameter in parameters.items()}
         tensors |= {MOMENT + key: tensor for key, tensor in moments.items()}
         tensors |= {REFERENCE + name: tensor for name, tensor in self.reference.items()}
-        kind = "lora" if any("lora_" in name for name in parameters) else "full"
+        step, kind = state["step"], "lora" if any("lora_" in name for name in parameters) else "full"
         rank = self.accelerator.process_index
         blobs = {rank_file(rank): packed({"random": random_state(self.accelerator.device), "optimizer": own})}
         if extra:
@@ -176,7 +175,7 @@ class Saver:
                 raise ValueError(f"extra holds what a checkpoint cannot give back: {error}") from error
         if self.accelerator.is_main_process:
             blobs[OPTIMIZER] = packed({**record, "scheduler": scheduler.state_dict()})
-            blobs[STATE] = json.dumps({**state, "step": step}).encode()
+            blobs[STATE] = json.dumps(state).encode()
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "kind": kind,
@@ -193,7 +192,7 @@ class Saver:
         # A shard without elements would only repeat the place of another one.
         tensors = {key: t for key, t in tensors.items() if not (isinstance(t, DTensor) and t.to_local().numel() == 0)}
         writer = _Writer(self.parent / (TEMPORARY + final.name))
-        return _Job(final, manifest, keep, blobs, size, _Planner(tensors), writer)
+        return _Job(final, manifest, blobs, size, _Planner(tensors), writer)
 
     def _plan(self, job: _Job) -> None:
         """Make the temporary folder and agree on who writes what; tensors that ranks hold alike are shared out."""
@@ -345,8 +344,8 @@ class Saver:
         os.replace(folder, final)
         flush_to_disk(self.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        if job.keep > 0:
-            prune(self.parent, job.keep)
+        if self.keep > 0:
+            prune(self.parent, self.keep)
 
 
 @dataclass
@@ -366,7 +365,6 @@ class _Job:
 
     final: Path
     manifest: dict[str, Any]
-    keep: int
     blobs: dict[str, bytes]  # small files that this rank writes
     bytes: int  # of all ranks' tensors
     planner: _Planner

@@ -44,6 +44,7 @@ from loops.shared.sharding import Sharding, is_sharded, prepare, read_sharding, 
 from loops.shared.tracking import (
     SilentTracker,
     Tracker,
+    TrackerSettings,
     check_trackers,
     leaf_values,
     printable,
@@ -181,7 +182,7 @@ class Run:
             stop=self.stop,
         )
         self.watch.start()
-        self.saver = Saver(self.folder, accelerator=accelerator)
+        self.saver = Saver(self.folder, accelerator=accelerator, keep=config.save_total_limit)
 
     def on_end(self, closer: Callable[[], object]) -> None:
         """Call `closer` when the run ends, also where a thread ends the process (a dead rank, a second SIGTERM)."""
@@ -333,14 +334,16 @@ class Run:
         try:
             self.tracker = start_tracking(
                 self.accelerator,
+                TrackerSettings(
+                    self.config.report_to,
+                    run_name=self.config.run_name or None,
+                    project=self.config.mlflow_experiment_name or None,
+                    mlflow_uri=self.config.mlflow_uri or None,  # SageMaker's files leave it as an empty text
+                    logging_steps=self.config.logging_steps,
+                ),
                 folder=self.folder,
-                report_to=self.config.report_to,
-                run_name=self.config.run_name or None,
-                project=self.config.mlflow_experiment_name or None,
-                mlflow_uri=self.config.mlflow_uri or None,  # SageMaker's files leave it as an empty text
                 config=self.settings,
                 resume_step=step,
-                logging_steps=self.config.logging_steps,
                 total_steps=self.total_steps,
             )
         except ValueError:
@@ -434,13 +437,11 @@ class Run:
                 model=policy,
                 optimizer=optimizer,
                 scheduler=scheduler,
-                step=step,
                 state={
                     **{"step": step, "epoch": epoch, "total_steps": self.total_steps, **self.identity},
                     "stops": self.accelerator.unwrap_model(policy).generation_config.eos_token_id,  # for exports
                     **{part: self.settings[part] for part in ("model", "optim") if part in self.settings},
                 },
-                keep=self.config.save_total_limit,
                 best=(name, self.logged[name], greater) if name and name in self.logged else None,
                 extra=extra,
                 wait=self.stopping or not self.config.save_async,

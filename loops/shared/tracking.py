@@ -20,6 +20,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,28 +144,35 @@ class SilentTracker:
     completions = progress = finish = log
 
 
+@dataclass(frozen=True)
+class TrackerSettings:
+    """Which trackers, and the names that they show; where these are None the trackers' own environment variables
+    decide, then `plumbline` and the folder's name."""
+
+    report_to: str | Iterable[str] = "none"
+    run_name: str | None = None
+    project: str | None = None  # MLflow's experiment and W&B's project
+    mlflow_uri: str | None = None
+    logging_steps: int = 1
+
+
 def start_tracking(
     accelerator: Accelerator,
+    settings: TrackerSettings,
     *,
     folder: Path | str,
-    report_to: str | Iterable[str],
-    run_name: str | None,
-    project: str | None,
-    mlflow_uri: str | None,
     config: Mapping[str, Any],
     resume_step: int | None = None,
-    logging_steps: int = 1,
     total_steps: int | None = None,
 ) -> Tracker | SilentTracker:
     """Open the run's files and trackers in `folder` (made if missing).
 
-    `project` is MLflow's experiment and W&B's project, `run_name` the run's name in both; where they are None the
-    trackers' own environment variables decide, then `plumbline` and the folder's name. `config` is the resolved
-    configuration (nested mappings are fine); passwords in its addresses are left out.
-    `resume_step` is the checkpoint's step: later rows are cut and the trackers' runs are continued; None starts anew.
-    Raises ValueError when a tracker is unknown, not installed, or cannot be started.
+    config: the resolved configuration, nested; passwords in its addresses are left out. resume_step: of the checkpoint;
+    later rows are cut and the trackers' runs are continued; None starts anew. Raises ValueError when a tracker is
+    unknown, not installed, or cannot be started.
     """
-    names = tracker_names(report_to, mlflow_uri)
+    project, run_name, mlflow_uri = settings.project, settings.run_name, settings.mlflow_uri
+    names = tracker_names(settings.report_to, mlflow_uri)
     if not accelerator.is_main_process:
         return SilentTracker()
     folder = Path(folder)
@@ -182,7 +190,8 @@ def start_tracking(
             else:
                 trackers.append(start_tensorboard(folder, config, resume_step))
     replace_text(ids, json.dumps(known_runs, indent=2) + "\n")
-    return Tracker(folder, trackers, resume_step=resume_step, logging_steps=logging_steps, total_steps=total_steps)
+    steps = settings.logging_steps
+    return Tracker(folder, trackers, resume_step=resume_step, logging_steps=steps, total_steps=total_steps)
 
 
 def tracker_names(report_to: str | Iterable[str], mlflow_uri: str | None = None) -> list[str]:

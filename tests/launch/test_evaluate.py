@@ -127,7 +127,7 @@ def make_run(folder: Path, **data) -> Path:
     (folder / "config.yaml").write_text(dump_yaml(sections))
     objects = dict(model=policy, optimizer=optimizer, scheduler=scheduler)
     saver = Saver(folder, accelerator=Accelerator(cpu=True))
-    saver.save(step=3, state={"epoch": 0, "loop": "sft", "seed": 0}, keep=0, **objects)
+    saver.save(state={"step": 3, "epoch": 0, "loop": "sft", "seed": 0}, **objects)
     AcceleratorState._reset_state(True)
     return folder
 

@@ -84,8 +84,8 @@ def make_run(
     if save:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         objects = dict(model=policy, optimizer=optimizer, scheduler=scheduler)
-        state = {"epoch": 1, "loop": "sft", "seed": 3} | ({"model": asdict(config)} if name_model else {})
-        Saver(folder, accelerator=accelerator).save(step=4, state=state, keep=0, **objects)
+        state = {"step": 4, "epoch": 1, "loop": "sft", "seed": 3} | ({"model": asdict(config)} if name_model else {})
+        Saver(folder, accelerator=accelerator).save(state=state, **objects)
     return policy.eval()
 
 

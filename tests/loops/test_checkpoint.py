@@ -106,7 +106,8 @@ class Run:
         """A save that training does not wait for."""
         parts = {name: part for name, part in self.parts().items() if name != "accelerator"}
         more = {"state": {"epoch": 1, "rows": [1, 2]}, "wait": False} | more
-        return saver.save(step=step, keep=keep, **more, **parts)
+        saver.keep = keep
+        return saver.save(**more | {"state": {**more["state"], "step": step}}, **parts)
 
     def load(self, path: Path) -> dict:
         return load_checkpoint(path, **self.parts())

@@ -29,6 +29,7 @@ from loops import sft
 from loops.shared.tracking import (
     SilentTracker,
     Tracker,
+    TrackerSettings,
     check_trackers,
     print_completions,
     start_tracking,
@@ -47,8 +48,10 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 def start(accelerator: object, folder: Path, report_to: str = "none", **more: object) -> Tracker:
-    keys: dict = {"run_name": "trial", "project": "laws", "mlflow_uri": None, "config": CONFIG, **more}
-    return start_tracking(accelerator, folder=folder, report_to=report_to, **keys)  # type: ignore[arg-type, return-value]
+    names = {"run_name": "trial", "project": "laws", "report_to": report_to}
+    names |= {key: more.pop(key) for key in TrackerSettings.__dataclass_fields__ if key in more}
+    keys: dict = {"config": CONFIG, **more}
+    return start_tracking(accelerator, TrackerSettings(**names), folder=folder, **keys)  # type: ignore[arg-type, return-value]
 
 
 def rows_of(path: Path) -> list[dict]:

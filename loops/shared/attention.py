@@ -34,7 +34,7 @@ WASTE = 1.5  # a bucket may compute this many times the query-key products that 
 
 
 class NotPackable(ValueError):
-    """A model that packed batches do not fit, for the reason that its text gives. Only the self-check raises it."""
+    """A model that packed batches do not fit; its text is the reason. Raised only while a run starts."""
 
 
 @dataclass
@@ -60,14 +60,15 @@ class Bucket:
 
 
 class Layout:
-    """How the segments of one packed batch attend. Made once a batch, used by every layer."""
+    """How the segments of one packed batch attend. Built once per batch, used by every layer."""
 
     def __init__(self, segments, device: torch.device):
         self.segments = segments
-        self.prefixes: list[list] = []  # of each segment the segments that it continues, from the root on
+        self.prefixes: list[list] = []  # per segment, the segments that it continues, from the root on
         for segment in segments:
             parent = segment.prefix
             self.prefixes.append([*self.prefixes[parent], segments[parent]] if parent >= 0 else [])
+        self.prefix_lengths = [sum(p.length for p in prefix) for prefix in self.prefixes]
         self.device = device
         self.calls = 0  # attention layers that used this layout
         self._buckets: list[Bucket] | None = None
@@ -77,7 +78,7 @@ class Layout:
     # ---- buckets (no flash kernel)
 
     def buckets(self) -> tuple[list[Bucket], Tensor, Tensor, Tensor]:
-        """(buckets, all query indices, all key indices, place of each token among the buckets' outputs [N])."""
+        """(buckets, all query indices, all key indices, index of each token in the buckets' outputs [N])."""
         if self._buckets is None:
             groups = self._groups()
             self._buckets = [self._bucket(chosen) for chosen in groups]
@@ -95,10 +96,10 @@ class Layout:
         return self._buckets, self._all_queries, self._all_keys, self._place
 
     def _groups(self) -> list[list[int]]:
-        """Segment numbers bucket by bucket: sorted by size, a new bucket where padding would cost too much."""
+        """Segment numbers per bucket: sorted by size, with a new bucket where padding would cost too much."""
 
         def size(number: int) -> tuple[int, int]:
-            return sum(p.length for p in self.prefixes[number]), self.segments[number].length
+            return self.prefix_lengths[number], self.segments[number].length
 
         groups: list[list[int]] = []
         for rooted in (True, False):
@@ -119,10 +120,9 @@ class Layout:
         return groups
 
     def _bucket(self, chosen: list[int]) -> Bucket:
-        own = [self.segments[i] for i in chosen]
-        lengths = torch.tensor([s.length for s in own])
-        starts = torch.tensor([s.start for s in own])
-        prefix_lengths = torch.tensor([sum(p.length for p in self.prefixes[i]) for i in chosen])
+        lengths = torch.tensor([self.segments[i].length for i in chosen])
+        starts = torch.tensor([self.segments[i].start for i in chosen])
+        prefix_lengths = torch.tensor([self.prefix_lengths[i] for i in chosen])
         width, prefix_width = int(lengths.max()), int(prefix_lengths.max())
         i = torch.arange(width)[None]
         queries = torch.where(i < lengths[:, None], starts[:, None] + i, 0)
@@ -141,7 +141,7 @@ class Layout:
         )
 
     def bucket_mask(self, number: int, window: int | None) -> Tensor:
-        """The mask of one bucket, made once a batch for each window width."""
+        """The mask of one bucket, built once per batch and window width."""
         if (number, window) not in self._masks:
             self._masks[number, window] = self.buckets()[0][number].mask(window)
         return self._masks[number, window]

@@ -92,9 +92,12 @@ def learned_positions(model: nn.Module) -> int | None:
     return limit if limit and any(rows in (limit, limit + 2) for rows in tables) else None  # OPT's has two more
 
 
-def check_context(model: nn.Module, longest: int, *, setting: str, say) -> None:
-    """Compare the longest row, in tokens, with the model's positions: ValueError, naming `setting`, where they are
-    learned; a note where they are computed (rotary), since a model is poor beyond those it was trained on."""
+def check_context(model: nn.Module, longest: int, *, setting: str, print_main: Callable[[str], object]) -> None:
+    """Compare the longest row, in tokens, with the model's positions.
+
+    Where positions are learned, a longer row raises ValueError, which names `setting`. Where they are computed, as by
+    rotary embeddings, it prints a note: a model is poor beyond the positions that it was trained on.
+    """
     limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
     if learned_positions(model) and longest > limit:
         raise ValueError(
@@ -102,7 +105,7 @@ def check_context(model: nn.Module, longest: int, *, setting: str, say) -> None:
             f"its config.json): lower {setting}."
         )
     if limit and longest > limit:
-        say(f"note: rows of up to {longest} tokens go beyond the {limit} positions that the model was made for")
+        print_main(f"note: rows of up to {longest} tokens go beyond the {limit} positions that the model was made for")
 
 
 def enable_packing(model: nn.Module) -> None:
@@ -212,8 +215,9 @@ LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_s
 
 @contextmanager
 def _lowered_limits(model: nn.Module, length: int) -> Iterator[bool]:
-    """Inside, every window, chunk or the like that rows of `length` tokens do not reach is a quarter of `length`;
-    yields whether there are any. They enter attention by their value alone, so what holds for these holds for those.
+    """Lower every limit in `LIMITS` that rows of `length` tokens do not reach to a quarter of `length`.
+
+    Yields whether there are any. A limit enters attention by its value alone, so a check of one value holds for all.
     """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     changed = []
@@ -231,8 +235,8 @@ def _lowered_limits(model: nn.Module, length: int) -> Iterator[bool]:
 
 
 def _difference(model: nn.Module, batch, dtype: torch.dtype) -> float:
-    """Difference of log-probabilities between the packed and the plain forward: the largest, in 16 bits the largest of
-    the rows' medians. Raises NotPackable."""
+    """Largest difference of log-probabilities between the packed and the plain forward; in 16 bits the largest median
+    of a row. Raises NotPackable."""
     try:
         packed = score(model, batch).logprobs
     except torch.OutOfMemoryError:
@@ -248,12 +252,11 @@ def _difference(model: nn.Module, batch, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def self_check(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> tuple[float, str | None]:
-    """Compare the packed with the plain forward on a batch out of real rows (`data.pack.pack_check`), and once more
-    with windows that its rows reach, where the model's own are wider; dropout is off while it runs.
+    """Compare the packed with the plain forward on a batch of real rows (`data.pack.pack_check`), without dropout.
 
-    Returns (`_difference`, None), or (nan, reason) for a model whose layers or masks packing
-    does not know, which the loops then train on the plain path. Raises ValueError when all layers are packed attention
-    and the two forwards still disagree.
+    Where the model's windows are wider than the rows, the comparison is repeated with narrow ones. Returns
+    (`_difference`, None), or (nan, reason) for a model that packing does not fit. Raises ValueError where all layers
+    are packed attention and the two forwards still disagree.
     """
     was_training = model.training
     model.eval()
@@ -298,7 +301,7 @@ def check_causal(model: nn.Module, batch, *, compute_dtype: torch.dtype) -> None
 def choose_packing(model: nn.Module, *, packing: bool, compile: bool, print_main: Callable[[str], object]) -> None:
     """`enable_packing` where `packing` asks for it and the model's parts fit, `compile_layers` where `compile` does.
 
-    Call before sharding; after it, `check_packing`.
+    Call before sharding; after it, `check_policy`.
     """
     if compile and not packing:
         raise ValueError("compile: true works on packed batches only; set packing: true, or compile: false.")
@@ -329,7 +332,7 @@ def check_policy(
     Every process calls this, with the same batch. A policy that is found not packable goes back to the plain path, and
     so does a `Reference` that is a copy of it. Raises ValueError as the three checks do.
     """
-    check_context(policy, longest, setting=setting, say=print_main)
+    check_context(policy, longest, setting=setting, print_main=print_main)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     dtype = dtype or max((p.dtype for p in policy.parameters() if p.dtype in TOLERANCE), key=TOLERANCE.__getitem__)
     batch = batch.to(accelerator.device)

@@ -358,13 +358,13 @@ def test_rows_beyond_the_models_positions():
     said = []
     for name in ("GPT2Config", "OPTConfig"):
         model = tiny(name, EXACT[name], dtype=torch.float32)
-        check_context(model, 128, setting="max_seq_length", say=said.append)
+        check_context(model, 128, setting="max_seq_length", print_main=said.append)
         with pytest.raises(ValueError, match="129 tokens and the model only 128 positions .*lower max_seq_length"):
-            check_context(model, 129, setting="max_seq_length", say=said.append)
+            check_context(model, 129, setting="max_seq_length", print_main=said.append)
     model = tiny("Qwen3Config", {}, dtype=torch.float32)
-    check_context(model, 128, setting="max_seq_length", say=said.append)
+    check_context(model, 128, setting="max_seq_length", print_main=said.append)
     assert not said
-    check_context(model, 129, setting="max_seq_length", say=said.append)
+    check_context(model, 129, setting="max_seq_length", print_main=said.append)
     assert "129 tokens" in said[0] and "128 positions" in said[0]
 
 

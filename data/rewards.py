@@ -291,8 +291,6 @@ def length(*, completion_ids: list[list[int]], target_length: list[Any] | None =
     rewards: list[float | None] = []
     for ids, target in zip(completion_ids, targets, strict=True):
         target = DEFAULT_TARGET_LENGTH if target is None else target
-        if target <= 0:
-            raise ValueError(f"target_length is {target}; give a number of tokens above 0")
         rewards.append(max(0.0, 1.0 - abs(len(ids) - target) / target))
     return rewards
 

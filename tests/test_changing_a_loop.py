@@ -14,8 +14,8 @@ HOUSE = Path(__file__).resolve().parents[1]
 SECTIONS = re.split(r"^## ", (HOUSE / "docs/changing_a_loop.md").read_text(), flags=re.M)[1:]
 SECTIONS = {title: text for title, _, text in (section.partition("\n") for section in SECTIONS)}
 CHANGES = [title for title in SECTIONS if title[0].isdigit()]
-PRICES = {"1": (1, 15), "2": (2, 15), "4": (1, 15), "5": (1, 15), "6": (1, 15)}  # files, added lines
-LOGGED = {"4": "policy/ratio", "5": "reward/novelty/mean", "6": "rollout/length_right"}
+PRICES = {"1": (1, 15), "2": (2, 15), "3": (0, 0), "4": (1, 15), "5": (1, 15), "6": (1, 15)}  # files, added lines
+LOGGED = {"3": "policy/kl", "4": "policy/ratio", "5": "reward/novelty/mean", "6": "rollout/length_right"}
 
 pytestmark = pytest.mark.slow
 

@@ -15,16 +15,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from data.batches import BatchConfig
 from data.chat import Example, Pair, Prompt
 from loops import grpo, sft
-from loops.shared.policy import enable_packing, score
+from loops.shared.policy import enable_packing, is_packed, score
 from loops.shared.rollout import Completion, RolloutConfig
 from loops.shared.rollout.rollouts import build_rollouts
 from loops.shared.run import Run
 from losses.grpo import group_advantages
 from losses.sft import sft_loss
 from tests.conftest import make_float32_mean_float64
-from tests.loops.loop_runs import RecordedEngine, run_loop
-
-LOOPS = ("sft", "dpo", "grpo")
+from tests.loops.loop_runs import LOOPS, RecordedEngine, run_loop
 
 
 def tiny_policy(dtype=torch.float64, packing=True):
@@ -43,9 +41,9 @@ def draw(generator, low, high):
 
 
 def steps_of(loop: str, folder, *options: str):
-    """Weights after two SGD steps of rate 1 over eight rows each (so their change is the gradients), and the second
-    step's numbers: by then the policy has left its reference."""
-    policy, g = tiny_policy(), torch.Generator().manual_seed(3)
+    """Weights after two SGD steps of rate 1 over eight rows each (so their change is the gradients), the second step's
+    numbers (by then the policy has left its reference), and its micro-batches in this process."""
+    policy, g = tiny_policy(packing=False), torch.Generator().manual_seed(3)  # the loop prepares it
     if loop == "sft":
         rows = [Example(ids, [True] * len(ids)) for ids in (draw(g, 2, 20) for _ in range(8))]
     elif loop == "dpo":
@@ -59,9 +57,19 @@ def steps_of(loop: str, folder, *options: str):
     if loop == "grpo":
         common += ["--max_completion_length", "20", "--prompts_per_step", "2", "--check_every", "1000"]
         common += ["--max_mismatch", "1e9"]  # the recorded log-probabilities are made up
-    metrics, policy = run_loop(loop, folder, rows, *common, *options, policy=policy, engine=engine)
+    real, counts = LOOPS[loop].build_microbatches, []
+
+    def build_microbatches(*given, **named):
+        microbatches = real(*given, **named)
+        counts.append(len(microbatches))
+        return microbatches
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LOOPS[loop], "build_microbatches", build_microbatches)
+        metrics, policy = run_loop(loop, folder, rows, *common, *options, policy=policy, engine=engine)
+    assert is_packed(policy) == ("false" not in options)
     weights = {name.removeprefix("module."): p.detach().clone() for name, p in policy.named_parameters()}
-    return weights, metrics[-1]
+    return weights, metrics[-1], counts[-1]
 
 
 def largest_difference(a, b):
@@ -82,22 +90,40 @@ def test_micro_batches_do_not_change_the_step(loop, other, tmp_path, only_float6
     options = {"sft": ["--loss_type", "dft"], "dpo": ["--loss_type", "ipo"]}
     options["grpo"] = ["--loss_type", "grpo", "--beta", "0.1"]
     options = options[loop] if other else []
-    whole, numbers = steps_of(loop, tmp_path / "whole", *cut(), *options)
+    whole, numbers, count = steps_of(loop, tmp_path / "whole", *cut(), *options)
+    assert count == 1
     assert largest_difference(whole, dict(tiny_policy().named_parameters())) > 1e-3  # the steps did something
     cuts = {"4": cut(4), "2": cut(2), "1": cut(1), "tokens": cut(8, tokens=40), "plain": cut(packing=False)}
     if loop == "sft":
         cuts |= {strategy: cut(8, tokens=40, strategy=strategy) for strategy in ("best_fit", "bfd")}
     for name, words in cuts.items():
-        weights, again = steps_of(loop, tmp_path / name, *words, *options)
+        weights, again, count = steps_of(loop, tmp_path / name, *words, *options)
+        assert name == "plain" or count > 1, name
         assert largest_difference(whole, weights) < 1e-12, name
         for key, value in numbers.items():  # a prompt whose group is cut is computed once per part
             if not key.startswith(("time/", "memory/", "tokens/computed", "tokens/per_second")):
                 assert again[key] == pytest.approx(value, rel=1e-6, abs=1e-9), (name, key)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_plain_path_frees_its_logits_with_each_micro_batch(loop, tmp_path, monkeypatch):
+    """The entropy's graph holds two matrices of the logits' size, which no backward frees where no loss has it."""
+    earlier = []
+
+    def watched(*given):
+        assert all(entropy.grad_fn is None for entropy in earlier)
+        scores = score(*given)
+        earlier.append(scores.entropy)
+        return scores
+
+    monkeypatch.setattr(LOOPS[loop], "score", watched)
+    steps_of(loop, tmp_path / "run", *cut(2, packing=False))
+    assert len(earlier) > 4
+
+
 def test_a_mean_of_means_would_be_noticed(tmp_path, only_float64):
     """The bug that this file exists for: dividing each micro-batch by its own count moves the weights elsewhere."""
-    whole, _ = steps_of("sft", tmp_path, *cut(), "--max_steps", "1")
+    whole, *_ = steps_of("sft", tmp_path, *cut(), "--max_steps", "1")
     policy, g = tiny_policy(), torch.Generator().manual_seed(3)
     examples = [Example(ids, [True] * len(ids)) for ids in (draw(g, 2, 20) for _ in range(8))]
     options = sft.Config(batch=BatchConfig(per_device_train_batch_size=2))
@@ -140,7 +166,8 @@ def test_tokens_that_the_policy_did_not_sample_are_context():
 def on_two_processes(loop: str, folder: str, words: list[str]):
     make_float32_mean_float64()
     torch.set_num_threads(1)
-    weights, _ = steps_of(loop, Path(folder) / "two", *words)
+    weights, _, count = steps_of(loop, Path(folder) / "two", *words)
+    assert torch.distributed.get_world_size() == 2 and count > 1
     if torch.distributed.get_rank() == 0:
         save_file(weights, f"{folder}/w.safetensors")
 
@@ -157,7 +184,7 @@ def test_two_processes_take_the_same_step(loop, tmp_path, only_float64):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    whole, _ = steps_of(loop, tmp_path / "one", *cut())
+    whole, *_ = steps_of(loop, tmp_path / "one", *cut())
     assert largest_difference(whole, load_file(tmp_path / "w.safetensors")) < 1e-12
 
 

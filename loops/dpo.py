@@ -227,7 +227,7 @@ def main(config: Config) -> None:
             run.guard.seen(loss, batch.numbers)
             metrics.means(terms, len(logps) // 2)
             metrics.mean("loss/dpo", loss.detach(), len(logps) // 2)
-            metrics.mean("policy/entropy", entropy.detach().sum(), len(batch.rows))
+            metrics.mean("policy/entropy", entropy.detach_().sum(), len(batch.rows))
             metrics.sum("tokens/loss", len(batch.rows))  # a shared beginning counts in both
             metrics.sum("tokens/computed", batch.num_tokens)
         grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)

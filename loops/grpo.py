@@ -211,9 +211,7 @@ def main(config: Config) -> None:
     engine.sync(policy)
     G, depth = config.rollout.num_generations, config.rollout.async_level
     temperature, cap = config.rollout.temperature, config.importance_sampling_cap
-    off_policy = (
-        engine.is_off_policy and cap > 0
-    )  # the engine's word: other kernels or older weights
+    off_policy = engine.is_off_policy and cap > 0  # sampled by other kernels or older weights
 
     def prompts_of(step: int) -> tuple[list[int], list[chat.Prompt]]:
         """This process's prompts of a step: their places in it, and the prompts."""

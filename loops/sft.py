@@ -167,7 +167,7 @@ def main(config: Config) -> None:
             targets = len(batch.targets)
             metrics.means(terms, targets)
             metrics.mean("loss/sft", loss.detach(), targets)
-            metrics.mean("policy/entropy", entropy.detach().sum(), targets)
+            metrics.mean("policy/entropy", entropy.detach_().sum(), targets)  # frees its graph
             metrics.sum("tokens/loss", targets)
             metrics.sum("tokens/computed", batch.num_tokens)  # with those that are no targets
         grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)

@@ -11,11 +11,19 @@ import torch
 from accelerate import Accelerator
 
 from data.chat import Prompt
+from data.pack import pack_completions
 from data.rewards import RewardConfig, build_reward_fn
 from loops.shared.metrics import Metrics
 from loops.shared.rollout import Completion, RolloutConfig
 from loops.shared.rollout.prefetch import load_rollouts, prefetch, rollouts_to_save
-from loops.shared.rollout.rollouts import add_rollout_metrics, build_rollouts, compute_rewards, sample_rollouts
+from loops.shared.rollout.rollouts import (
+    Microbatch,
+    add_rollout_metrics,
+    add_update_metrics,
+    build_rollouts,
+    compute_rewards,
+    sample_rollouts,
+)
 from losses.grpo import group_advantages
 
 PROMPT = Prompt([1], "a", {})
@@ -244,14 +252,36 @@ def test_rewards_run_in_the_main_thread_with_every_engine_at_every_depth(engine,
         assert [rollout.reward for rollout in found] == [1.0] * 4 and not any(rollout.failure for rollout in found)
 
 
-def of_the_longest(*, completions, answer):
-    return [len(text) / max(map(len, completions)) for text in completions]
+CALLS: list[int] = []
+
+
+def counted(*, completions):
+    CALLS.append(len(completions))
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(("engine", "calls"), [(HandsOver, [2, 2]), (FromThreads, [4]), (AllAtOnce, [4])])
+def test_what_has_no_reward_when_sampling_ends_gets_it_in_one_call(engine, calls):
+    rewarded, prompts, reward_fn = (
+        threading.Event(),
+        [Prompt([1], "a", {}), Prompt([2], "b", {})],
+        reward_fn_of("counted"),
+    )
+    rewarded.set()
+    CALLS.clear()
+    common = dict(n=2, sampling=RolloutConfig(), seed=0, prompt_numbers=[0, 1])
+    found = sample_rollouts(engine(rewarded), prompts, reward_fn, **common)
+    compute_rewards(found, reward_fn)
+    compute_rewards(found, reward_fn)
+    assert calls == CALLS and [rollout.reward for rollout in found] == [1.0] * 4
 
 
 def test_a_process_without_prompts_calls_no_reward():
+    CALLS.clear()
     common = dict(n=2, sampling=RolloutConfig(), seed=0, prompt_numbers=[])
-    found = sample_rollouts(AllAtOnce(None), [], reward_fn_of("of_the_longest"), **common)
-    compute_rewards(found, reward_fn_of("of_the_longest"))
+    found = sample_rollouts(AllAtOnce(None), [], reward_fn_of("counted"), **common)
+    compute_rewards(found, reward_fn_of("counted"))
+    assert CALLS == []
     metrics = Metrics()
     add_rollout_metrics(metrics, found, 2)
     assert found == [] and metrics.reduce(Accelerator(cpu=True))["rollout/completions"] == 0
@@ -271,6 +301,20 @@ def test_groups_of_equal_rewards_are_counted():
     assert numbers["rollout/equal_groups"] == 3 / 4 and numbers["rollout/completions"] == 8
     assert int((group_advantages(torch.tensor(rewards), 2).view(4, 2) == 0).all(1).sum()) == 3
     assert numbers["rollout/lag"] == 0.5 and numbers["reward/missing"] == 3 and numbers["reward/mean"] == 4 / 5
+
+
+@pytest.mark.parametrize("terms", [{"policy/ratio": torch.tensor(2.0)}, {"policy/ratio_max": torch.tensor(1.5)}])
+def test_the_metrics_of_an_update_are_those_of_the_loss(terms):
+    """One rollout of two tokens. A loss without a largest ratio logs none: no value is better than a wrong 0."""
+    batch = pack_completions([[5, 6]], [[8, 9]], is_target=[[True, True]], numbers=[0])
+    logprobs = torch.tensor([[-1.0, -2.0]])
+    microbatch = Microbatch(batch, torch.ones(1), logprobs - 0.5, old_logprobs=logprobs)
+    metrics = Metrics()
+    add_update_metrics(metrics, microbatch, dict(terms), torch.ones(1, 2))
+    numbers = metrics.reduce(Accelerator(cpu=True))
+    assert numbers["policy/mismatch_max"] == 0.5 and numbers["policy/entropy"] == 1 and numbers["tokens/scored"] == 2
+    assert numbers.get("policy/ratio") == (1.0 if "policy/ratio" in terms else None)
+    assert numbers.get("policy/ratio_max") == (1.5 if "policy/ratio_max" in terms else None)
 
 
 def test_means_are_formed_from_global_sums():

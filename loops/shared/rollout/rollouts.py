@@ -139,17 +139,18 @@ def add_update_metrics(
 ) -> None:
     """What the update says of the policy's tokens: means over the tokens that are scored.
 
-    terms: what `losses.grpo.grpo_loss` returned; entropy: [B, T].
+    terms: what `losses.grpo.grpo_loss` returned; entropy: [B, T], of which nothing but the values is kept.
     """
     batch = microbatch.batch
     gap = (microbatch.old_logprobs - microbatch.sampler_logprobs)[batch.mask]
     count = len(gap)
-    largest = terms.pop("policy/ratio_max", 0.0)
+    largest = terms.pop("policy/ratio_max", None)  # a loss of your own may have none
     metrics.means(terms, count)
-    metrics.mean("policy/entropy", entropy.detach().sum(), count)
+    metrics.mean("policy/entropy", entropy.detach_().sum(), count)
     metrics.mean("policy/mismatch_kl", (gap.expm1() - gap).sum(), count)
     if count:
         metrics.max("policy/mismatch_max", gap.abs().max())
-        metrics.max("policy/ratio_max", largest)
+        if largest is not None:
+            metrics.max("policy/ratio_max", largest)
     metrics.sum("tokens/scored", count)
     metrics.sum("tokens/computed", batch.num_tokens)

@@ -196,13 +196,13 @@ def main(config: Config) -> None:
 
     for step in range(start, total_steps):
         began, metrics = time.perf_counter(), Metrics()
+        run.set_phase(step, "the update")
         rows = batches.rows_of_step(
             step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed
         )
         microbatches = build_microbatches(rows, pairs, config, accelerator)
 
         # update; the denominator is the number of pairs of the step, over all processes
-        run.set_phase(step, "the update")
         for mb in microbatches:
             batch, numbers_of_pairs = mb
             # until the last backward gradients only add up; then DDP exchanges them

@@ -146,6 +146,7 @@ def main(config: Config) -> None:
 
     for step in range(start, total_steps):
         began, metrics = time.perf_counter(), Metrics()
+        run.set_phase(step, "the update")
         rows = batches.rows_of_step(
             step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed
         )
@@ -155,7 +156,6 @@ def main(config: Config) -> None:
         num_tokens = sum(example.num_targets for row in rows for example in bins[row])
 
         # update
-        run.set_phase(step, "the update")
         for batch in microbatches:
             # until the last backward gradients only add up; then DDP exchanges them
             with optim.accumulate(accelerator, policy, last=batch is microbatches[-1]):

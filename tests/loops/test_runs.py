@@ -599,17 +599,19 @@ def test_latest_passes_over_an_altered_checkpoint(tmp_path, capfd):
     assert "step000002\n" in said
 
 
-@pytest.mark.parametrize("phase", ["a step", "the first evaluation"])
+@pytest.mark.parametrize("phase", ["a step", "the batches of the first step", "the first evaluation"])
 def test_an_error_in_a_step_keeps_its_traceback_and_one_before_is_a_sentence(phase, tmp_path, monkeypatch, capsys):
     """A ValueError of our own: the run's phase decides, not the functions that it came through."""
-    rows = ["--dataset_name", "data/quickstart/sft_train.jsonl"] if phase == "a step" else ["--max_eval_samples", "4"]
+    in_a_step = phase != "the first evaluation"
+    rows = ["--dataset_name", "data/quickstart/sft_train.jsonl"] if in_a_step else ["--max_eval_samples", "4"]
     options = ["--config", "configs/sft.yaml", "--output_dir", str(tmp_path / "run"), "--max_steps", "1", *rows]
     config = load_config(sft.Config, [*options, "--eval_reward", "null"], prog="sft")
-    monkeypatch.setattr(sft, "sft_loss", lambda *_, **__: RunConfig(seed=-1))
-    ends = ValueError if phase == "a step" else SystemExit
+    place = (sft.pack, "pack_examples") if phase == "the batches of the first step" else (sft, "sft_loss")
+    monkeypatch.setattr(*place, lambda *_, **__: RunConfig(seed=-1))
+    ends = ValueError if in_a_step else SystemExit
     with pytest.raises(ends) as ended, one_sentence_errors("loops/sft.py"):
         sft.main(config)
-    assert phase == "a step" or (ended.value.code == 2 and "seed is -1" in capsys.readouterr().err)
+    assert in_a_step or (ended.value.code == 2 and "seed is -1" in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("leave", [exit, sys.exit])

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -680,3 +681,4 @@ def _quieten(is_main: bool) -> None:
         enable_progress_bars()
     if not is_main:
         logging.getLogger("loops").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "a reward failed")  # all processes know the failure, one prints it

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -179,6 +180,30 @@ def test_a_reward_that_fails_step_after_step_ends_the_run(tmp_path, monkeypatch,
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("step 5/30 ") and "reward/missing=8" in line for line in lines)
     assert not any(line.startswith("step 1/30 ") and "reward/missing" in line for line in lines)
+
+
+def on_two_processes(folder):
+    torch.set_num_threads(1)
+    run(Path(folder) / "run", "--reward_functions", "tests.loops.test_grpo:fails_on_rank_1", "--max_steps", "1")
+
+
+def fails_on_rank_1(*, completion_ids):
+    if torch.distributed.get_rank() == 1:
+        raise TimeoutError("the grader did not answer")
+    return [float(ids[0] % 2) for ids in completion_ids]
+
+
+def test_a_reward_that_fails_on_one_process_is_told_once(tmp_path):
+    code = (
+        "from accelerate import debug_launcher; from tests.loops.test_grpo import on_two_processes;"
+        f"debug_launcher(on_two_processes, ({str(tmp_path)!r},), num_processes=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("UserWarning: a reward failed") == 1 and "the grader did not answer" in done.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][1:]
+    half = row["rollout/completions"] / 2
+    assert row["reward/missing"] == row["reward/fails_on_rank_1/failed"] == half and 0 <= row["reward/mean"] <= 1
 
 
 def test_one_step_with_rewards_starts_the_count_anew():

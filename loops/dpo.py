@@ -17,7 +17,6 @@ Legend: P pairs, B = 2P sequences (chosen and rejected in turn), T tokens.
 
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import torch
 
@@ -173,10 +172,14 @@ def main(config: Config) -> None:
     run.create_folder(total_steps, rows=pairs, rows_per_step=rows_per_step)
     if config.precompute_ref_log_probs:  # of the start policy, so before a checkpoint is read
         began = time.perf_counter()
-        for split, given in (("train", pairs), ("eval", eval_pairs)):
-            cut = partial(build_microbatches, pairs=given, config=config, accelerator=accelerator)
+
+        def precompute(split: str, given: list) -> None:
             mark = reference.fingerprint(given, config.model, seed, accelerator)
+            cut = lambda chosen: build_microbatches(chosen, given, config, accelerator)  # noqa: E731
             reference.precompute(split, len(given), cut, run.folder, mark, accelerator)
+
+        precompute("train", pairs)
+        precompute("eval", eval_pairs)
         run.pending["time/reference"] = time.perf_counter() - began
         reference.release()  # a copy's memory is free again
     start = run.resume(policy, optimizer, scheduler)

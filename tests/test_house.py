@@ -105,6 +105,7 @@ def test_a_loop_can_be_read_in_one_sitting(loop):
     assert lines[loop] <= 350 and max(lines["sft"], lines["dpo"]) < lines["grpo"]
     tree = ast.parse(text)
     assert [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)] == ["Config"]
+    assert "functools" not in text
     own = [
         alias.name
         for node in ast.walk(tree)

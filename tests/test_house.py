@@ -28,7 +28,7 @@ ALLOWED = {  # room -> what its files may import besides the standard library an
     "launch": {"torch", "accelerate", "transformers", "peft", "safetensors", "yaml", "loops", "configs", "data"},
 }
 INSIDE_FUNCTIONS = {"bitsandbytes", "torchao", "flash_attn", "vllm", "mlflow", "wandb", "tensorboard", "rouge_score"}
-INSIDE_FUNCTIONS |= {"sagemaker", "boto3", "botocore", "moto", "pyarrow"}
+INSIDE_FUNCTIONS |= {"sagemaker", "boto3", "botocore", "moto"}
 SHARED = {"__init__", "run", "models", "policy", "attention", "optim", "layers", "weights", "checkpoint", "tracking"}
 SHARED |= {"adapters", "reference", "metrics"}
 SHARED |= {"sharding", "failures", "launcher", "identity", "run_folder", "checkpoint_files", "optimizer_state"}

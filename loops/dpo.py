@@ -69,6 +69,8 @@ class Config:
 
     def __post_init__(self) -> None:
         self.batch.refuse_bins()
+        if self.ref_update not in ("none", "ema", "sync"):
+            raise ValueError(f"ref_update is {self.ref_update!r}; give none, ema or sync.")
         if self.ref_update != "none" and self.precompute_ref_log_probs:
             raise ValueError(
                 f"ref_update is {self.ref_update} and precompute_ref_log_probs true, which scores "
@@ -175,7 +177,10 @@ def main(config: Config) -> None:
 
         def precompute(split: str, given: list) -> None:
             mark = reference.fingerprint(given, config.model, seed, accelerator)
-            cut = lambda chosen: build_microbatches(chosen, given, config, accelerator)  # noqa: E731
+
+            def cut(chosen):
+                return build_microbatches(chosen, given, config, accelerator)
+
             reference.precompute(split, len(given), cut, run.folder, mark, accelerator)
 
         precompute("train", pairs)

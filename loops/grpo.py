@@ -99,6 +99,8 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {least} or more.")
         if self.kl_estimator == "k1" and self.beta:
             raise ValueError(f"kl_estimator is k1 and beta {self.beta}: no gradient; use k3 or k2.")
+        if self.ref_update not in ("none", "ema", "sync"):
+            raise ValueError(f"ref_update is {self.ref_update!r}; give none, ema or sync.")
         if self.ref_update != "none" and not self.beta:
             raise ValueError(
                 f"ref_update is {self.ref_update} and beta 0, which builds no reference; set beta "

@@ -110,7 +110,8 @@ class Reference:
         source += [resolve_dtype(model, accelerator.device), accelerator.mixed_precision]
         digest = hashlib.sha256(repr(source).encode())
         for pair in pairs:  # without its number, which is for messages
-            digest.update(repr((pair.prompt_ids, pair.completions())).encode())
+            completions = [(list(ids), list(map(bool, flags))) for ids, flags in pair.completions()]
+            digest.update(repr((list(pair.prompt_ids), completions)).encode())
         return digest.hexdigest()
 
     def follow(self, ref_update: str, mixup_alpha: float, sync_steps: int) -> None:

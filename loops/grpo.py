@@ -107,9 +107,9 @@ class Config:
                 "above 0, or ref_update: none."
             )
         scale = str(self.scale_rewards).lower()
-        scale = {"true": "group", "false": "none"}.get(scale, scale)  # as TRL had it
+        scale = {"true": "group", "false": "none"}.get(scale, scale)  # older names, as in TRL
         object.__setattr__(self, "scale_rewards", scale)
-        group_advantages(torch.zeros(2), 2, scale=scale)  # refuses what it does not know
+        group_advantages(torch.zeros(2), 2, scale=scale)  # raises for an unknown name
         check_options(
             self.loss_type, self.importance_sampling_level, self.kl_estimator, self.epsilon,
             self.epsilon_high, self.beta, self.delta,
@@ -122,7 +122,7 @@ class Config:
 
 
 def in_loss(rollout, config):
-    """Whether a rollout's tokens are trained on (its reward counts in its group's mean anyhow)."""
+    """Whether a rollout's tokens are trained on (its reward always counts in its group's mean)."""
     return not (config.mask_truncated_completions and rollout.completion.finish_reason == "length")
 
 
@@ -140,14 +140,14 @@ def build_microbatches(rollouts, advantages, config, accelerator):
         max_rows=config.batch.per_device_train_batch_size,
         max_tokens=config.batch.max_tokens_per_batch,
     )
-    # every process runs as many forwards, the empty batch in place of those that it lacks
+    # every process runs the same number of forwards: where it has fewer batches, empty ones
     counts = accelerator.gather(torch.tensor([max(1, len(cuts))], device=accelerator.device))
     microbatches = []
     for number in range(int(counts.max())):
         rows = [kept[i] for i in cuts[number]] if number < len(cuts) else []
         own = [rollouts[b] for b in rows]
         batch = pack.pack_completions(
-            [r.prompt.prompt_ids for r in own],  # a group's one object is computed once
+            [r.prompt.prompt_ids for r in own],  # one object per group: packed once
             [r.completion.token_ids for r in own],
             is_target=[r.sampled for r in own],
             numbers=[r.prompt.number for r in own],

@@ -288,7 +288,7 @@ def test_names_that_do_not_fit_are_refused(policy, tokenizer, prompts, fault, mo
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "qlora", "dora", "saved head"])
-def test_adapters_are_setup_as_they_are_trained(kind, tokenizer, prompts):
+def test_adapters_are_served_as_they_are_trained(kind, tokenizer, prompts):
     """LoRA: base once, then the adapter alone. DoRA and modules trained whole: merged on the fly, base untouched."""
     if kind == "qlora":
         pytest.importorskip("bitsandbytes")

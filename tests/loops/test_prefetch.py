@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -126,6 +127,12 @@ def test_a_resumed_run_takes_what_was_waiting_and_samples_the_rest():
     assert [found[0].completion.weight_version for found in taken] == [1] * 4  # 5 was served then, 1 is now
     assert all(found[0].prompt is PROMPT and not found[0].rewards for found in taken)
     assert sampled[:2] == [4, 5]
+
+
+def test_an_older_checkpoint_kept_groups():
+    groups = [[asdict(of_version(3, token)) for token in group] for group in ((1, 2), (3, 4))]
+    kept = load_rollouts({"serving": 3, "rollouts": {2: groups}}, lambda step: [PROMPT, PROMPT], Serving(3))
+    assert {step: tokens(found) for step, found in kept.items()} == {2: [[1], [2], [3], [4]]}
 
 
 def test_nothing_is_sampled_beyond_the_last_step():

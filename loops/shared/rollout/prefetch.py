@@ -93,6 +93,8 @@ def load_rollouts(
     shift = engine.weight_version - saved.get("serving", engine.weight_version)
     ready = {}
     for step, completions in saved.get("rollouts", {}).items():
+        if completions and isinstance(completions[0], list):  # groups, in older checkpoints
+            completions = sum(completions, [])
         prompts = prompts_of(step)
         size = len(completions) // max(len(prompts), 1)
         ready[step] = [

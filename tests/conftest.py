@@ -8,6 +8,9 @@ import torch
 # For the processes that tests start: threads of several processes that wait for each other on few cores take five times
 # as long. (This process has read it already.)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test reaches a hub: without a network it would be asked again and again for a minute and a half.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
 def make_float32_mean_float64(setattr_=setattr) -> None:

@@ -317,7 +317,10 @@ def test_delete_removes_what_there_is(aws, parts):
 
 
 @BOTO
-@pytest.mark.parametrize("words", [["invoke", "nope", "hi"], ["deploy", "nope", "--delete"], ["follow", "nope"]])
+@pytest.mark.parametrize(
+    "words",
+    [["invoke", "nope", "hi"], ["deploy", "nope", "--delete"], pytest.param(["follow", "nope"], marks=MOTO)],
+)
 def test_what_aws_says_is_one_sentence(words, capsys, monkeypatch):
     """Each command without a region, and then with one and without credentials."""
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -205,10 +205,10 @@ def main(config: Config) -> None:
     for step in range(start, total_steps):
         began, metrics = time.perf_counter(), Metrics()
         run.set_phase(step, "the update")
-        rows = batches.rows_of_step(
+        chosen = batches.rows_of_step(
             step, num_rows=len(pairs), rows_per_step=rows_per_step, seed=seed
         )
-        microbatches = build_microbatches(rows, pairs, config, accelerator)
+        microbatches = build_microbatches(chosen, pairs, config, accelerator)
 
         # update; the denominator is the number of pairs of the step, over all processes
         for mb in microbatches:
@@ -231,7 +231,7 @@ def main(config: Config) -> None:
                     rejected_lengths=lengths[1::2],
                 )
                 # DDP and FSDP average gradients over processes
-                accelerator.backward(loss * accelerator.num_processes / len(rows))
+                accelerator.backward(loss * accelerator.num_processes / len(chosen))
             run.guard.seen(loss, batch.numbers)
             metrics.means(terms, len(logps) // 2)
             metrics.mean("loss/dpo", loss.detach(), len(logps) // 2)

@@ -121,9 +121,9 @@ class Config:
         return self.prompts_per_step or -(-rows // generations)
 
 
-def in_loss(rollout, config):
-    """Whether a rollout's tokens are trained on (its reward always counts in its group's mean)."""
-    return not (config.mask_truncated_completions and rollout.completion.finish_reason == "length")
+def in_loss(r, config):
+    """Whether the tokens of rollout r are trained on; its reward always counts in its group."""
+    return not (config.mask_truncated_completions and r.completion.finish_reason == "length")
 
 
 def build_microbatches(rollouts, advantages, config, accelerator):
@@ -268,10 +268,9 @@ def main(config: Config) -> None:
 
         # advantages: (reward - mean of its group) / (standard deviation of its group + 1e-4)
         advantages = group_advantages(rewards, G, scale=config.scale_rewards).float()
-        advantages = advantages.split([len(total) for total in totals])
-        microbatches = build_microbatches(
-            rollouts, advantages[accelerator.process_index], config, accelerator
-        )
+        sizes = [len(total) for total in totals]
+        own_advantages = advantages.split(sizes)[accelerator.process_index]  # [B]
+        microbatches = build_microbatches(rollouts, own_advantages, config, accelerator)
         # one denominator for all micro-batches of all processes, before the first backward
         denominator = loss_denominator(
             config.loss_type,
@@ -325,7 +324,7 @@ def main(config: Config) -> None:
         if eval_prompts and run.eval_due(done):
             numbers |= evaluate()
         run.log(numbers, done)
-        run.show_completions(rollouts, advantages[accelerator.process_index].tolist(), done)
+        run.show_completions(rollouts, own_advantages.tolist(), done)
         if config.rollout.check_due(step, first=step == start):  # after its numbers are logged
             rollout.check_sampler(microbatches, policy, accelerator, config.rollout.max_mismatch)
         if run.save_due(done):

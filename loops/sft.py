@@ -147,13 +147,13 @@ def main(config: Config) -> None:
     for step in range(start, total_steps):
         began, metrics = time.perf_counter(), Metrics()
         run.set_phase(step, "the update")
-        rows = batches.rows_of_step(
+        chosen = batches.rows_of_step(
             step, num_rows=len(bins), rows_per_step=rows_per_step, seed=seed
         )
-        microbatches = build_microbatches(rows, bins, config, accelerator)
+        microbatches = build_microbatches(chosen, bins, config, accelerator)
         # one denominator for all micro-batches of all processes, counted before the first backward:
         # so the step cannot depend on how its rows are cut and shared out
-        num_tokens = sum(example.num_targets for row in rows for example in bins[row])
+        num_tokens = sum(example.num_targets for row in chosen for example in bins[row])
 
         # update
         for batch in microbatches:

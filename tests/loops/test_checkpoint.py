@@ -570,6 +570,7 @@ def test_bitsandbytes_resumes_to_the_same_bits(accelerator: Accelerator, tmp_pat
         adamw.load(path)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes_and_kills(tmp_path: Path) -> None:
     """All of `main`, in one process and its forks."""
     root = Path(__file__).parents[2]

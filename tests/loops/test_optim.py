@@ -509,6 +509,7 @@ def test_without_gradients_the_norm_is_zero() -> None:
     assert clip_gradients(None, nn.Linear(1, 1), 1.0).item() == 0.0
 
 
+@pytest.mark.slow
 def test_steps_of_two_processes_equal_one() -> None:
     """FSDP2 (plain, hybrid, offloaded, with parameters it leaves alone, 8-bit) and DDP; in a process of its own, since
     forked children of a threaded parent hang."""

@@ -177,6 +177,7 @@ def on_two_shards(names):
         accelerator.free_memory()
 
 
+@pytest.mark.slow
 def test_a_sharded_policy_falls_back_with_its_reference():
     """The check runs after sharding; a packed forward that fails half-way leaves nothing behind on any process."""
     names = [name for name in ("PhimoeConfig", "DeepseekV32Config") if hasattr(hf, name)]

@@ -224,7 +224,7 @@ def test_bf16_trains_by_autocast_and_pure(precision, tmp_path):
     assert rows[-1]["loss/nll"] < rows[1]["loss/nll"] - 0.5
 
 
-@pytest.mark.parametrize("strategy", ["step", "best_fit"])
+@pytest.mark.parametrize("strategy", ["step", pytest.param("best_fit", marks=pytest.mark.slow)])
 def test_two_launched_processes_take_the_steps_of_one(strategy, tmp_path):
     """`accelerate launch` with two processes over gloo, against one: the same losses and gradient norms. Of the 40
     rows' bins a step takes two; the last step of an epoch has one, so a process has none."""

@@ -172,7 +172,7 @@ def on_two_processes(loop: str, folder: str, words: list[str]):
         save_file(weights, f"{folder}/w.safetensors")
 
 
-@pytest.mark.parametrize("loop", [*LOOPS, "sft in bins"])
+@pytest.mark.parametrize("loop", [*LOOPS, pytest.param("sft in bins", marks=pytest.mark.slow)])
 def test_two_processes_take_the_same_step(loop, tmp_path, only_float64):
     """Two real processes over gloo against one; uneven shares (of three bins one process has one), several
     micro-batches, after the last of which DDP exchanges the gradients."""

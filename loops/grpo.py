@@ -305,6 +305,7 @@ def main(config: Config) -> None:
                 run.guard.seen(loss, mb.batch.numbers)
                 metrics.sum("loss/policy", loss.detach() / denominator / config.num_iterations)
                 rollout.add_update_metrics(metrics, mb, terms, entropy)
+                del logprobs, loss  # their graph would live through the next forward
             grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
             if run.guard.may_step(step + 1, grad_norm):  # NaN or inf: the run ends, or skips it
                 metrics.set("optim/unchanged", optim.take_step(optimizer))

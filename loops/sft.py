@@ -170,6 +170,7 @@ def main(config: Config) -> None:
             metrics.mean("policy/entropy", entropy.detach_().sum(), targets)  # frees its graph
             metrics.sum("tokens/loss", targets)
             metrics.sum("tokens/computed", batch.num_tokens)  # with those that are no targets
+            del logprobs, loss  # their graph would live through the next forward
         grad_norm = optim.clip_gradients(accelerator, policy, config.optim.max_grad_norm)
         if run.guard.may_step(step + 1, grad_norm):  # NaN or inf: the run ends, or skips the update
             metrics.set("optim/unchanged", optim.take_step(optimizer))
